@@ -1,0 +1,192 @@
+"""Records that cross stage borders, and the one legend of shapes.
+
+Axes, in names (``scores_BK``) and in jaxtyping strings alike:
+
+====  =================================================
+``B``  questions in a batch
+``K``  passages retrieved for each question
+``L``  input tokens (of a question, a passage or a joined context)
+``T``  target tokens (scored positions of the answer)
+``D``  embedding dimension of the retriever
+``H``  hidden dimension of the generator
+``V``  vocabulary of the generator
+``N``  passages in the corpus, or rows of a flattened batch (``N = B * K``)
+====  =================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BatchT = TypeVar("BatchT", bound="TensorRecord")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable unit of text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its accepted answers.
+
+    Attributes:
+        id: Unique within its file.
+        question: The text asked.
+        answers: Accepted answers; the first is the training target unless the data module samples one.
+        positive_passage_ids: Gold passages, where the dataset names them.
+        answer_regex: A regular expression that accepts an answer (CuratedTREC); ``answers`` is then empty.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    positive_passage_ids: tuple[str, ...] = ()
+    answer_regex: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A frozen record whose tensor fields move together; other fields stay as they are."""
+
+    def to(self: BatchT, device: torch.device | str, non_blocking: bool = False) -> BatchT:
+        """Returns a copy with every tensor on ``device``."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, TensorRecord)):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Hits(TensorRecord):
+    """What an index returns: numbers only, so that a swap can never pair an id with another snapshot's text.
+
+    Attributes:
+        scores_BK: Similarities, larger is better, best first; ``-inf`` where nothing was found.
+        ids_BK: Passage numbers, that is rows of the corpus named by the snapshot; ``-1`` where nothing was found
+            (an approximate index may find fewer than K).
+        snapshot_id: The index snapshot that answered.
+    """
+
+    scores_BK: Float[Tensor, "B K"]
+    ids_BK: Int[Tensor, "B K"]
+    snapshot_id: str
+
+    @property
+    def found_BK(self) -> Bool[Tensor, "B K"]:
+        """True where the index found a passage."""
+        return self.ids_BK >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The passages behind some hits, looked up in the corpus, one inner tuple for each question."""
+
+    passages: tuple[tuple[Passage, ...], ...]
+    hits: Hits
+
+
+@dataclass(frozen=True)
+class TokenBatch(TensorRecord):
+    """Padded token ids with their attention mask (1 on real tokens)."""
+
+    input_ids: Int[Tensor, "N L"]
+    attention_mask: Int[Tensor, "N L"]
+
+
+@dataclass(frozen=True)
+class QuestionBatch(TensorRecord):
+    """What the data loader yields: questions and targets, not yet retrieved for.
+
+    Attributes:
+        questions: The B records, for metrics, messages and tables.
+        query: Questions in the query encoder's vocabulary, ``[B, L]``.
+        prompt: Questions in the generator's vocabulary, without special tokens, ``[B, L]``: the part of the
+            generator's input that is joined to each passage.
+        labels: Targets in the generator's vocabulary, ``[B, T + 1]``: a start token, the answer, an end token, padding.
+        positive_ids: One gold passage number for each question, ``-1`` where none is known.
+        contexts: Ready generator inputs ``[B, L]`` for objectives that bring their own passage (denoising).
+    """
+
+    questions: tuple[Question, ...]
+    query: TokenBatch
+    prompt: TokenBatch
+    labels: Int[Tensor, "B T1"]
+    positive_ids: Int[Tensor, "B"]
+    contexts: TokenBatch | None = None
+
+
+@dataclass(frozen=True)
+class RagBatch(TensorRecord):
+    """Questions with their retrieved passages, as the marginal objectives take them.
+
+    Attributes:
+        contexts: Passage and question joined, ``[B * K, L]``, passages of one question adjacent.
+        doc_scores_BK: Similarities with gradient to the encoders; ``-inf`` where nothing was found.
+        labels: As in :class:`QuestionBatch`.
+    """
+
+    contexts: TokenBatch
+    doc_scores_BK: Float[Tensor, "B K"]
+    labels: Int[Tensor, "B T1"]
+
+
+@dataclass(frozen=True)
+class GeneratorOutput(TensorRecord):
+    """Scores of the target tokens under each passage.
+
+    Attributes:
+        token_log_probs_BKT: ``log p(y_t | x, z_k, y_<t)`` of the target token, float32 at least; 0 where unscored.
+        target_mask_BT: True on scored positions.
+        vocab_mean_BKT: Mean over the vocabulary of ``log p(v | x, z_k, y_<t)``, only when label smoothing asks for it.
+        logits_BKTV: Full logits, only when ``hf_compat`` label smoothing asks for them.
+    """
+
+    token_log_probs_BKT: Float[Tensor, "B K T"]
+    target_mask_BT: Bool[Tensor, "B T"]
+    vocab_mean_BKT: Float[Tensor, "B K T"] | None = None
+    logits_BKTV: Float[Tensor, "B K T V"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedPassage:
+    """A passage as it stands in a prediction.
+
+    Attributes:
+        score: The similarity of question and passage.
+        probability: The document prior ``p(z | x)``.
+        posterior: ``p(z | x, y)`` of the answer given.
+    """
+
+    id: str
+    title: str
+    text: str
+    score: float
+    probability: float
+    posterior: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer with the passages that it came from.
+
+    Attributes:
+        log_likelihood: ``log p(y | x)``, marginalised over the passages, natural log.
+    """
+
+    id: str
+    question: str
+    answer: str
+    log_likelihood: float
+    passages: tuple[RetrievedPassage, ...]

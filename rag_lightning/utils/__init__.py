@@ -1,0 +1,1 @@
+"""Four small files that every stage may use: seeding, distributed, hashing, io."""
