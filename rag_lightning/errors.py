@@ -46,4 +46,6 @@ class MissingExtraError(RagError, ImportError):
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}'. Install it with: pip install 'rag_lightning[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}'. Install it with: pip install 'rag_lightning[{extra}]'"
+        )

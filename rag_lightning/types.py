@@ -111,20 +111,24 @@ class QuestionBatch(TensorRecord):
 
     Attributes:
         questions: The B records, for metrics, messages and tables.
-        query: Questions in the query encoder's vocabulary, ``[B, L]``.
+        query: Questions in the query encoder's vocabulary, ``[B, L]``; None for a model without an encoder.
         prompt: Questions in the generator's vocabulary, without special tokens, ``[B, L]``: the part of the
             generator's input that is joined to each passage.
         labels: Targets in the generator's vocabulary, ``[B, T + 1]``: a start token, the answer, an end token, padding.
         positive_ids: One gold passage number for each question, ``-1`` where none is known.
+        weights_B: 1; 0 on a filler that only keeps processes in step, and counts nowhere.
         contexts: Ready generator inputs ``[B, L]`` for objectives that bring their own passage (denoising).
+        passages: Each question's own passage in the encoder's vocabulary ``[B, L]`` (contrastive).
     """
 
     questions: tuple[Question, ...]
-    query: TokenBatch
+    query: TokenBatch | None
     prompt: TokenBatch
     labels: Int[Tensor, "B T1"]
     positive_ids: Int[Tensor, "B"]
+    weights_B: Float[Tensor, "B"]
     contexts: TokenBatch | None = None
+    passages: TokenBatch | None = None
 
 
 @dataclass(frozen=True)

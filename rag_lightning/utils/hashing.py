@@ -25,7 +25,11 @@ def hash_texts(texts: Iterable[str]) -> str:
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read_digest(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _read_digest(stream)
+        )
 
 
 def _read_digest(stream: Iterable[bytes]) -> str:

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from rag_lightning.errors import DataError, MissingFileError
 
@@ -25,10 +27,10 @@ def existing_file(path: str | Path, what: str) -> Path:
     return path
 
 
-def open_text(path: Path) -> IO[str]:
+def open_text(path: Path) -> TextIOWrapper:
     """Opens a UTF-8 text file for reading, through gzip when its name ends in ``.gz``."""
     if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8"))
+        return cast(TextIOWrapper, gzip.open(path, "rt", encoding="utf-8"))
     return path.open("r", encoding="utf-8")
 
 
@@ -41,7 +43,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with open_text(path) as stream:
-            for number, line in enumerate(stream, start=1):  # noqa: B007 (number is read in the error below)
+            for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
                 try:
@@ -54,20 +56,21 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(record, dict):
                     raise DataError(f"{path}, line {number}: expected a JSON object, came a {type(record).__name__}.")
                 yield number, record
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path}, after line {number}: the file is not readable as UTF-8 JSON lines: {error}") from error
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(
+            f"{path}, after line {number}: the file is not readable as UTF-8 JSON lines: {error}"
+        ) from error
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records as JSON lines (gzip when the name ends in ``.gz``), atomically."""
-    with atomic_path(path) as part:
+    with atomic_path(path) as part, part.open("wb") as raw:
         # mtime=0 keeps the bytes of an unchanged file unchanged
-        with part.open("wb") as raw:
-            stream: Any = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
-            for record in records:
-                stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-            if stream is not raw:
-                stream.close()
+        stream: Any = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
+        for record in records:
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        if stream is not raw:
+            stream.close()
 
 
 def read_json(path: Path, what: str = "JSON file") -> Any:
@@ -96,6 +99,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     part = Path(name)
+    part.chmod(0o644)
     try:
         yield part
         part.replace(path)
@@ -104,15 +108,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside ``path``; renames it to ``path`` on success, removes it on failure.
 
-    Where another process published ``path`` first, its folder stays and this one is dropped.
+    Args:
+        path: The folder to publish.
+        replace: Put the new folder in the place of an existing one. Otherwise, where another process published
+            ``path`` first, its folder stays and this one is dropped.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    part.chmod(0o755)
     try:
         yield part
+        if replace and path.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(old / path.name)
+            part.rename(path)
+            shutil.rmtree(old)
+            return
         try:
             part.rename(path)
         except OSError:

@@ -1,0 +1,34 @@
+"""``rag-lightning COMMAND [key=value …]``; ``python -m rag_lightning`` is the same."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "fit on your data, then test; -m sweeps",
+    "evaluate": "metrics and predictions of a finished run on a question file",
+    "predict": "answer questions, with passages and their probabilities",
+    "index": "build, verify or describe an index snapshot",
+    "report": "one table of several runs",
+}
+
+
+def main() -> None:
+    """Runs the command named first on the command line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: rag-lightning COMMAND [key=value …]\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10}{purpose}")
+        print("\nrag-lightning COMMAND --help shows a command's settings.")
+        return
+    command = arguments[0]
+    if command not in COMMANDS:
+        sys.exit(f"error: expected one of {', '.join(COMMANDS)}, got {command!r}. See rag-lightning --help.")
+    from rag_lightning.cli.hydra_app import run_app
+
+    module = importlib.import_module(f"rag_lightning.cli.{command}")
+    run_app(command, module.run, arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

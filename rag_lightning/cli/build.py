@@ -1,0 +1,81 @@
+"""From a composed configuration to objects: the one place where configuration ends and constructors begin."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.rag import RagModel
+from rag_lightning.rag_parts import DecodingMode, RagSettings
+from rag_lightning.text.prompts import Prompt
+from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.objectives import Objective
+
+DEFAULT_DECODING: dict[str, DecodingMode] = {"rag_token": "rag_token", "rag_sequence": "rag_sequence_thorough"}
+
+
+def build_model(config: DictConfig) -> RagModel:
+    """Builds the model; a closed-book one (``model.num_passages=0``) has no encoder."""
+    settings = plain(config.model)
+    decoding = plain(config.decoding)
+    mode = decoding.pop("mode")
+    if mode is None:
+        mode = DEFAULT_DECODING[settings["objective"]]
+    prompt = Prompt(**settings.pop("prompt"))
+    closed_book = settings["num_passages"] == 0
+    return RagModel(
+        encoder=instantiate(config.encoder) if not closed_book else None,
+        generator=instantiate(config.generator),
+        prompt=prompt,
+        settings=RagSettings(**settings, decoding=mode),
+        decoding_options=instantiate(decoding),
+    )
+
+
+def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
+    """Builds the Lightning module and the data module, bound to each other."""
+    objective: Objective = instantiate(config.objective)
+    model = build_model(config)
+    module = RagLightningModule(
+        model=model, objective=objective, optim=instantiate(config.optim), **plain(config.module)
+    )
+    data: RagDataModule = instantiate(config.data)
+    bind(data, model, objective)
+    return module, data
+
+
+def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
+    """Tells the data module what the objective feeds on."""
+    data.bind(
+        model,
+        train_kind=objective.examples,
+        eval_kind=objective.eval_examples,
+        retrieves=objective.reads == "retrieved",
+    )
+
+
+def build_trainer(config: DictConfig, callbacks: DictConfig | None) -> L.Trainer:
+    """Builds the trainer with its logger and callbacks; batches are divided among processes by our loader."""
+    chosen = [instantiate(entry) for entry in (callbacks or {}).values() if entry is not None]
+    logger = instantiate(config.logger) if config.get("logger") is not None else False
+    return instantiate(config.trainer, callbacks=chosen, logger=logger, use_distributed_sampler=False)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Returns a configuration node as a plain dictionary."""
+    container = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(container, dict):
+        raise ConfigError(f"expected a mapping, got {container!r}")
+    return {str(key): value for key, value in container.items()}
+
+
+def run_folder(checkpoint: str) -> Path:
+    """Returns the run directory behind a run directory, a Lightning checkpoint or a saved model directory."""
+    path = Path(checkpoint)
+    if path.suffix == ".ckpt":
+        return path.parent.parent
+    return path.parent if (path / "rag_config.json").is_file() else path

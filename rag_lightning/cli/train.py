@@ -1,0 +1,106 @@
+"""``rag-lightning train``: fit, test with a fresh index, save the model; returns the metric of a sweep."""
+
+import logging
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from rag_lightning.cli.build import build_run, build_trainer
+from rag_lightning.errors import ConfigError, MissingFileError
+from rag_lightning.rag_parts import RetrieverSource
+from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.module import RagLightningModule
+from rag_lightning.utils.io import read_json, write_json
+
+logger = logging.getLogger(__name__)
+CONFIG_NAME = "config.yaml"
+
+
+def run(config: DictConfig) -> float | None:
+    """Trains as configured; everything the run leaves is under its folder."""
+    start = time.perf_counter()
+    config, checkpoint = _resumed(config) if config.resume is not None else (config, None)
+    folder = Path(config.paths.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / CONFIG_NAME, resolve=True)
+    L.seed_everything(config.seed, verbose=False)
+    if config.matmul_precision is not None:
+        torch.set_float32_matmul_precision(config.matmul_precision)
+    module, data = build_run(config)
+    trainer = build_trainer(config, config.callbacks)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        logger.info("interrupted; resume with: rag-lightning train resume=%s", folder)
+        raise
+    if config.data.test is not None:
+        trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
+    if trainer.is_global_zero:
+        save_model(module, data, folder)
+        _record_seconds(folder, time.perf_counter() - start)
+    return _sweep_metric(trainer, config)
+
+
+def save_model(module: RagLightningModule, data: RagDataModule, folder: Path) -> None:
+    """Writes ``model/`` with the index that it was tested with."""
+    model = module.model
+    if data.retriever is not None and data.passages is not None:
+        model.retriever_source = RetrieverSource(data.passages, str(data.retriever.snapshot.path.absolute()))
+        if not data.passages.startswith("bundled:"):
+            model.retriever_source = RetrieverSource(str(Path(data.passages).absolute()), model.retriever_source.snapshot)
+    model.save_pretrained(folder / "model")
+    logger.info("model saved to %s", folder / "model")
+
+
+def _resumed(config: DictConfig) -> tuple[DictConfig, Path]:
+    """Returns the earlier run's configuration, with plain overrides on top, and its last checkpoint."""
+    folder = Path(config.resume)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    for path in (folder / CONFIG_NAME, checkpoint):
+        if not path.is_file():
+            raise MissingFileError(
+                f"resume: expected a run folder with {path.relative_to(folder)}, found none in {folder}"
+            )
+    overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("resume=")]
+    groups = [text for text in overrides if "." not in text.split("=")[0] and text.split("=")[0] not in ("seed",)]
+    if groups:
+        raise ConfigError(
+            f"resume: expected plain values such as trainer.max_steps=500, got {', '.join(groups)}: "
+            "a run goes on with its own configuration"
+        )
+    earlier = OmegaConf.load(folder / CONFIG_NAME)
+    assert isinstance(earlier, DictConfig)
+    merged = OmegaConf.merge(earlier, OmegaConf.from_dotlist(overrides))
+    assert isinstance(merged, DictConfig)
+    return merged, checkpoint
+
+
+def _best(trainer: L.Trainer) -> str | None:
+    """Returns the best checkpoint where validation chose one; None keeps the weights of the last step."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
+        return callback.best_model_path
+    return None
+
+
+def _record_seconds(folder: Path, seconds: float) -> None:
+    path = folder / "metrics.json"
+    if path.is_file():
+        write_json(path, {**read_json(path), "seconds": round(seconds, 1)})
+
+
+def _sweep_metric(trainer: L.Trainer, config: DictConfig) -> float | None:
+    if config.sweep_metric is None:
+        return None
+    value = trainer.callback_metrics.get(config.sweep_metric)
+    if value is None:
+        logger.warning(
+            "sweep_metric %s was not measured; there are: %s", config.sweep_metric, ", ".join(trainer.callback_metrics)
+        )
+        return None
+    return float(value)

@@ -1,0 +1,6 @@
+"""What is searched and what is asked: files in, checked records out.
+
+``passages`` reads a corpus in any of the four formats and names its content by a hash; ``questions`` reads questions
+and writes predictions; ``warmup`` makes training examples out of passages alone. ``films`` is the small world that
+ships with the package. A bad line names its file, line and field; nothing is silently dropped.
+"""

@@ -1,0 +1,115 @@
+"""Questions and predictions: what is asked, and what was answered, as JSON lines.
+
+A question line:
+``{"id": "q1", "question": "who made Kismet?", "answers": ["V. Minnelli"], "positive_passage_ids": ["7"]}``
+where ``positive_passage_ids`` is optional, ``answer_regex`` (CuratedTREC) may stand instead of ``answers`` or beside
+them, and other fields are ignored.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rag_lightning.corpora.passages import PassageCorpus, resolve, string_field
+from rag_lightning.errors import DataError
+from rag_lightning.text.normalise import compile_answer_regex
+from rag_lightning.types import Prediction, Question
+from rag_lightning.utils.io import existing_file, read_json_lines, write_json_lines
+
+
+def read_questions(path: str | Path, *, corpus: PassageCorpus | None = None) -> list[Question]:
+    """Returns the questions of a ``.jsonl`` or ``.jsonl.gz`` file, in order.
+
+    Args:
+        path: As :func:`~rag_lightning.corpora.passages.resolve` takes it.
+        corpus: Where given, every gold passage id must be in it.
+
+    Raises:
+        MissingFileError: No such file.
+        DataError: No question, a repeated id, or a bad field; names file, line, field, what was expected and what came.
+    """
+    file = existing_file(resolve(path), "questions")
+    if not file.name.removesuffix(".gz").endswith(".jsonl"):
+        raise DataError(f"questions: expected a file ending in .jsonl or .jsonl.gz, came {file}. Rename or convert it.")
+    questions: list[Question] = []
+    lines: dict[str, int] = {}
+    for number, record in read_json_lines(file):
+        question = _checked_question(record, f"{file}, line {number}", corpus)
+        first = lines.setdefault(question.id, number)
+        if first != number:
+            raise DataError(
+                f"{file}: expected each question id once, came id {question.id!r} on line {first} and again on line "
+                f"{number}. Remove or rename one."
+            )
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{file}: expected at least one question, came none. Check the file.")
+    return questions
+
+
+def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Writes one JSON line for each prediction, atomically.
+
+    Each line is ``{"id", "question", "answer", "log_likelihood", "passages": [{"id", "title", "score", "probability",
+    "posterior"}]}``; passage texts stay in the corpus.
+    """
+    write_json_lines(Path(path), (_prediction_record(prediction) for prediction in predictions))
+
+
+def _prediction_record(prediction: Prediction) -> dict[str, Any]:
+    record = asdict(prediction)
+    record["passages"] = [
+        {key: value for key, value in passage.items() if key != "text"} for passage in record["passages"]
+    ]
+    return record
+
+
+def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorpus | None) -> Question:
+    answer_regex = _checked_regex(record, place)
+    answers = _string_list(record, "answers", place) if answer_regex is None or "answers" in record else ()
+    if answer_regex is None and not answers:
+        raise DataError(f"{place}: field 'answers': expected at least one answer, came []. Add one or remove the line.")
+    optional = record.get("positive_passage_ids")
+    positives = () if optional is None else _string_list(record, "positive_passage_ids", place)
+    for positive in positives if corpus is not None else ():
+        if corpus is not None and not corpus.has_id(positive):
+            raise DataError(
+                f"{place}: field 'positive_passage_ids': expected ids of passages in {corpus.source}, came {positive!r}"
+                ", which is not there. Check that questions and passages belong together."
+            )
+    return Question(
+        id=string_field(record, "id", place),
+        question=string_field(record, "question", place),
+        answers=answers,
+        positive_passage_ids=positives,
+        answer_regex=answer_regex,
+    )
+
+
+def _checked_regex(record: Mapping[str, Any], place: str) -> str | None:
+    if record.get("answer_regex") is None:
+        return None
+    pattern = string_field(record, "answer_regex", place)
+    try:
+        compile_answer_regex(pattern)
+    except DataError as error:
+        raise DataError(f"{place}: field 'answer_regex': {error}") from error
+    return pattern
+
+
+def _string_list(record: Mapping[str, Any], field: str, place: str) -> tuple[str, ...]:
+    if field not in record:
+        raise DataError(f"{place}: field {field!r} is missing; expected a list of strings. Found: {sorted(record)}.")
+    values = record[field]
+    if not isinstance(values, list):
+        raise DataError(
+            f"{place}: field {field!r}: expected a list of strings, came {type(values).__name__} {str(values)[:80]!r}."
+        )
+    for position, value in enumerate(values):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{place}: field {field!r}: expected a list of non-empty strings, came {value!r} at position "
+                f"{position}."
+            )
+    return tuple(values)

@@ -1,0 +1,76 @@
+"""What the objectives and the decoders need of a generator."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rag_lightning.types import GeneratorOutput, TensorRecord, TokenBatch
+
+
+@dataclass(frozen=True)
+class EncodedContexts(TensorRecord):
+    """Contexts as the generator's encoder left them, computed once for each (question, passage)."""
+
+    hidden_NLH: Float[Tensor, "N L H"]
+    attention_mask_NL: Int[Tensor, "N L"]
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """Where a batch of N partial outputs stands.
+
+    Attributes:
+        encoded: The contexts, one row for each partial output.
+        cache: Keys and values of the tokens so far; whatever the model family uses.
+    """
+
+    encoded: EncodedContexts
+    cache: Any
+
+
+class Generator(Protocol):
+    """Encodes contexts, scores targets, and extends partial outputs token by token."""
+
+    pad_token_id: int
+    start_token_id: int
+    eos_token_id: int
+    vocab_size: int
+
+    def encode(self, contexts: TokenBatch) -> EncodedContexts:
+        """Runs the encoder over N contexts."""
+        ...
+
+    def score(
+        self,
+        encoded: EncodedContexts,
+        labels_BT1: Int[Tensor, "B T1"],
+        num_passages: int,
+        *,
+        vocab_mean: bool = False,
+        keep_logits: bool = False,
+    ) -> GeneratorOutput:
+        """Scores each target under each of its question's K passages.
+
+        Args:
+            encoded: ``B * K`` contexts, passages of one question adjacent.
+            labels_BT1: Start token first, padding where unscored: the decoder reads ``labels[:, :-1]`` and is
+                scored on ``labels[:, 1:]``.
+            num_passages: K.
+            vocab_mean: Also return the vocabulary's mean log-probability, for label smoothing.
+            keep_logits: Also return the logits.
+        """
+        ...
+
+    def start(self, encoded: EncodedContexts) -> DecoderState:
+        """Returns the state before the first token."""
+        ...
+
+    def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
+        """Feeds one token to each row; returns the float32 log-probabilities of the next one, and the new state."""
+        ...
+
+    def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
+        """Returns the state of the given rows, which may repeat, shrink or grow the batch."""
+        ...

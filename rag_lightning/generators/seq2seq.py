@@ -1,0 +1,189 @@
+"""Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    EncoderDecoderModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from rag_lightning.corpora.places import model_place
+from rag_lightning.errors import CheckpointError, ConfigError
+from rag_lightning.generators.base import DecoderState, EncodedContexts
+from rag_lightning.text.tokenizers import load_tokenizer
+from rag_lightning.types import GeneratorOutput, TokenBatch
+
+
+class Seq2SeqGenerator(nn.Module):
+    """Any transformers encoder-decoder with a language-model head.
+
+    Args:
+        model: BART, T5, ``EncoderDecoderModel`` or another ``AutoModelForSeq2SeqLM``.
+        tokenizer: Its tokenizer; needed to read and write text, not to score ids.
+
+    Attributes:
+        pad_token_id: Padding in contexts and targets.
+        start_token_id: First token of every target (the model's decoder start token).
+        eos_token_id: Last token of every target.
+        vocab_size: Rows of the output layer.
+    """
+
+    def __init__(self, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        config = model.config
+        decoder = getattr(config, "decoder", None) or config
+        self.pad_token_id = _required_id(config, decoder, "pad_token_id")
+        self.start_token_id = _required_id(config, decoder, "decoder_start_token_id")
+        self.eos_token_id = _required_id(config, decoder, "eos_token_id")
+        self.vocab_size: int = decoder.vocab_size
+        if tokenizer is not None and len(tokenizer) > self.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} tokens but the generator's output layer only {self.vocab_size}: "
+                "they belong to different models. Give the tokenizer that the generator was trained with."
+            )
+
+    @classmethod
+    def from_source(cls, source: str, tokenizer: str | None = None) -> "Seq2SeqGenerator":
+        """Loads a folder, a hub id, or a ``bundled:`` folder in the transformers layout.
+
+        Args:
+            source: Where the model is.
+            tokenizer: Where its tokenizer is, if not in the same place.
+        """
+        place = model_place(source)
+        model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=torch.float32)
+        return cls(model=model, tokenizer=load_tokenizer(model_place(tokenizer) if tokenizer is not None else place))
+
+    @classmethod
+    def from_config(cls, *, model_type: str, settings: dict[str, Any], tokenizer: str) -> "Seq2SeqGenerator":
+        """Builds a randomly initialised model whose vocabulary and special tokens are the tokenizer's.
+
+        Args:
+            model_type: A transformers model type such as ``bart`` or ``t5``.
+            settings: Fields of that type's configuration (layers, dimensions, dropout).
+            tokenizer: Folder, hub id or ``bundled:`` folder of the tokenizer.
+        """
+        tokens = load_tokenizer(model_place(tokenizer))
+        config = AutoConfig.for_model(model_type, **{**_special_ids(tokens), "vocab_size": len(tokens), **settings})
+        return cls(model=AutoModelForSeq2SeqLM.from_config(config), tokenizer=tokens)
+
+    @classmethod
+    def from_encoders(cls, *, encoder: str, decoder: str, tokenizer: str | None = None) -> "Seq2SeqGenerator":
+        """Joins two pretrained encoders (MiniLM → MiniLM); the decoder's cross-attention starts at random.
+
+        Rothe et al. 2020, "Leveraging pre-trained checkpoints for sequence generation tasks".
+        """
+        tokens = load_tokenizer(model_place(tokenizer if tokenizer is not None else decoder))
+        model = EncoderDecoderModel.from_encoder_decoder_pretrained(
+            model_place(encoder), model_place(decoder), encoder_add_pooling_layer=False
+        )
+        model.config.pad_token_id = tokens.pad_token_id
+        model.config.decoder_start_token_id = tokens.cls_token_id
+        model.config.eos_token_id = tokens.sep_token_id
+        return cls(model=model, tokenizer=tokens)
+
+    def encode(self, contexts: TokenBatch) -> EncodedContexts:
+        """Runs the encoder over N contexts; see :class:`rag_lightning.generators.base.Generator`."""
+        output = self.model.get_encoder()(
+            input_ids=contexts.input_ids, attention_mask=contexts.attention_mask, return_dict=True
+        )
+        return EncodedContexts(output.last_hidden_state, contexts.attention_mask)
+
+    def score(
+        self,
+        encoded: EncodedContexts,
+        labels_BT1: Int[Tensor, "B T1"],
+        num_passages: int,
+        *,
+        vocab_mean: bool = False,
+        keep_logits: bool = False,
+    ) -> GeneratorOutput:
+        """Scores each target under each of its K contexts; see :class:`rag_lightning.generators.base.Generator`."""
+        batch_size = labels_BT1.shape[0]
+        if encoded.hidden_NLH.shape[0] != batch_size * num_passages:
+            raise ConfigError(
+                f"expected {batch_size} targets x {num_passages} passages = {batch_size * num_passages} contexts, "
+                f"got {encoded.hidden_NLH.shape[0]}: num_passages must be the K that retrieval used"
+            )
+        targets_BT = labels_BT1[:, 1:]
+        mask_BT = targets_BT != self.pad_token_id
+        logits_NTV = self._decode(encoded, labels_BT1[:, :-1].repeat_interleave(num_passages, dim=0))
+        with torch.autocast(logits_NTV.device.type, enabled=False):
+            logits_NTV = logits_NTV if logits_NTV.dtype == torch.float64 else logits_NTV.float()
+            normaliser_NT = logits_NTV.logsumexp(dim=-1)
+            index_NT1 = targets_BT.repeat_interleave(num_passages, dim=0)[..., None]
+            log_probs_NT = logits_NTV.gather(-1, index_NT1).squeeze(-1) - normaliser_NT
+            mean_NT = logits_NTV.mean(dim=-1) - normaliser_NT if vocab_mean else None
+        shape_BKT = (batch_size, num_passages, targets_BT.shape[1])
+        return GeneratorOutput(
+            token_log_probs_BKT=log_probs_NT.view(shape_BKT).masked_fill(~mask_BT[:, None], 0.0),
+            target_mask_BT=mask_BT,
+            vocab_mean_BKT=mean_NT.view(shape_BKT) if mean_NT is not None else None,
+            logits_BKTV=logits_NTV.view(*shape_BKT, -1) if keep_logits else None,
+        )
+
+    def start(self, encoded: EncodedContexts) -> DecoderState:
+        """Returns the state before the first token; see :class:`rag_lightning.generators.base.Generator`."""
+        return DecoderState(encoded, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+    def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
+        """Feeds one token to each row; see :class:`rag_lightning.generators.base.Generator`."""
+        logits_N1V = self._decode(state.encoded, tokens_N[:, None], cache=state.cache)
+        logits_NV = logits_N1V[:, -1]
+        log_probs_NV = (logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()).log_softmax(dim=-1)
+        return log_probs_NV, state
+
+    def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
+        """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
+        encoded = EncodedContexts(state.encoded.hidden_NLH[rows_M], state.encoded.attention_mask_NL[rows_M])
+        state.cache.reorder_cache(rows_M)
+        return DecoderState(encoded, state.cache)
+
+    def _decode(
+        self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None
+    ) -> Float[Tensor, "N T V"]:
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_NLH),
+            attention_mask=encoded.attention_mask_NL,
+            decoder_input_ids=input_ids_NT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            return_dict=True,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+
+def _required_id(config: Any, decoder: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if value is None:
+        value = getattr(decoder, name, None)
+    if value is None and name == "decoder_start_token_id":
+        value = getattr(decoder, "bos_token_id", None)
+    if value is None:
+        raise ConfigError(f"the generator's config has no {name}: set it, targets cannot be built without it")
+    return int(value)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "decoder_start_token_id": start if start is not None else tokenizer.pad_token_id,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+    }

@@ -1,0 +1,264 @@
+"""Approximate (and exact) search by FAISS, from a factory string; the only module that imports FAISS.
+
+Use it when exact search is too slow: ``"HNSW32"`` for up to some million passages, ``"IVF4096,Flat"`` or
+``"OPQ64,IVF16384,PQ64"`` beyond. Factory strings are FAISS's own (Johnson et al. 2017; its wiki, "The index factory").
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rag_lightning.errors import ConfigError, CorruptSnapshotError, MissingExtraError
+from rag_lightning.index.base import (
+    MISSING_ID,
+    Metric,
+    Vectors,
+    as_metric,
+    as_tensor,
+    best_first,
+    blocks,
+    check_search,
+    check_vectors,
+    unit_length,
+)
+from rag_lightning.utils.io import existing_file, read_json, write_json
+
+INDEX_FILE = "index.faiss"
+SETTINGS_FILE = "index.json"
+
+
+class FaissIndex:
+    """A FAISS index with the scores and the errors of this package; made by ``build`` or ``load``.
+
+    Scores are larger-is-better under every metric (FAISS's squared distances are negated; cosine is an inner product of
+    vectors normalised here). With a lossy factory (``PQ``, ``SQ``) they are approximate: the training side scores the
+    snapshot's exact vectors instead.
+
+    Args:
+        index: The FAISS object, filled.
+        metric: What it ranks by.
+        factory: The factory string it was built from.
+    """
+
+    def __init__(self, index: Any, *, metric: Metric, factory: str) -> None:
+        self._index = index
+        self._metric = as_metric(metric)
+        self.factory = factory
+        self._on_gpu = False
+
+    @classmethod
+    def build(
+        cls,
+        vectors_ND: Vectors,
+        *,
+        factory: str = "Flat",
+        metric: Metric = "inner_product",
+        num_training_vectors: int | None = None,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        seed: int = 0,
+        gpu: bool = False,
+    ) -> "FaissIndex":
+        """Builds, trains where the factory needs it, and fills an index; row numbers are those of ``vectors_ND``.
+
+        Args:
+            vectors_ND: The rows; read in blocks, so a memory map serves.
+            factory: FAISS's factory string.
+            metric: What to rank by.
+            num_training_vectors: Rows drawn to train clusters and codes; None takes all.
+            nprobe: Inverted lists visited for each query (IVF factories); None keeps FAISS's 1.
+            ef_search: Breadth of the graph search (HNSW factories); None keeps FAISS's 16.
+            seed: Seeds the draw of training rows and the clustering.
+            gpu: Search on every visible GPU; needs the ``gpu`` extra.
+
+        Raises:
+            ConfigError: A factory that FAISS rejects or that does not fit the vectors, or a search parameter that the
+                factory does not have.
+            DataError: No vectors, NaN or infinity among them, or a zero one under cosine.
+            MissingExtraError: FAISS, or its GPU build, is not installed.
+        """
+        faiss = _import_faiss(f"The index factory '{factory}' (factory 'exact' needs nothing)")
+        as_metric(metric)
+        check_vectors(vectors_ND)
+        kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        try:
+            raw = faiss.index_factory(int(vectors_ND.shape[1]), factory, kind)
+        except RuntimeError as error:
+            raise _refused(factory, vectors_ND, error, "Check the string against the FAISS wiki") from error
+        for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
+            if value is not None:
+                _set_search_parameter(faiss, raw, name, value, factory)
+        index = cls(raw, metric=metric, factory=factory)
+        try:
+            index._train(faiss, vectors_ND, num_training_vectors, seed)
+            index._append(vectors_ND)
+        except RuntimeError as error:
+            hint = "Use fewer clusters or codes for so few vectors, or another factory"
+            raise _refused(factory, vectors_ND, error, hint) from error
+        return index.to_gpu() if gpu else index
+
+    @property
+    def metric(self) -> Metric:
+        """What ``search`` ranks by."""
+        return self._metric
+
+    @property
+    def num_vectors(self) -> int:
+        """N."""
+        return int(self._index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(self._index.d)
+
+    @torch.no_grad()
+    def search(
+        self, queries_BD: Float[Tensor, "B D"], num_passages: int
+    ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """Finds K rows for each query; see :class:`~rag_lightning.index.base.Index`.
+
+        An inverted-file index finds fewer than K where the ``nprobe`` lists visited hold fewer rows.
+        """
+        check_search(queries_BD, num_passages, self)
+        home = queries_BD.device
+        scores, ids = self._index.search(self._rows(queries_BD, "query vectors"), num_passages)
+        scores_BK, ids_BK = torch.from_numpy(scores), torch.from_numpy(ids)
+        if self._metric == "l2":
+            scores_BK = -scores_BK
+        scores_BK = scores_BK.masked_fill(ids_BK == MISSING_ID, -torch.inf)
+        scores_BK, ids_BK = best_first(scores_BK, ids_BK, num_passages)
+        return scores_BK.to(home), ids_BK.to(home)
+
+    def add(self, vectors_ND: Vectors) -> None:
+        """Appends rows without training again; see :class:`~rag_lightning.index.base.Index`.
+
+        Raises:
+            DataError: Another dimension, NaN or infinity, or a zero vector under cosine.
+        """
+        check_vectors(vectors_ND, self.dimension)
+        self._append(vectors_ND)
+
+    def to_gpu(self) -> "FaissIndex":
+        """Returns a copy on every visible GPU.
+
+        Raises:
+            MissingExtraError: This FAISS has no GPU support.
+            ConfigError: No GPU is visible, or the factory has no GPU form.
+        """
+        faiss = _import_faiss("Searching on a GPU")
+        if not hasattr(faiss, "index_cpu_to_all_gpus"):
+            raise MissingExtraError("faiss-gpu", "gpu", "Searching a FAISS index on a GPU")
+        if faiss.get_num_gpus() == 0:
+            raise ConfigError(
+                "gpu: expected a visible GPU for the FAISS index, found none. Leave the index on the CPU."
+            )
+        try:
+            raw = faiss.index_cpu_to_all_gpus(self._index)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"index factory {self.factory!r}: FAISS has no GPU form of it: {_brief(error)}"
+            ) from error
+        moved = FaissIndex(raw, metric=self._metric, factory=self.factory)
+        moved._on_gpu = True
+        return moved
+
+    def save(self, directory: Path) -> None:
+        """Writes ``index.faiss`` and ``index.json`` into an existing folder.
+
+        Raises:
+            OSError: The files could not be written whole, for instance because the disk is full.
+        """
+        faiss = _import_faiss("Saving a FAISS index")
+        index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        try:
+            faiss.write_index(index, str(directory / INDEX_FILE))
+        except RuntimeError as error:
+            raise OSError(f"{directory / INDEX_FILE}: FAISS could not write the index: {_brief(error)}") from error
+        write_json(directory / SETTINGS_FILE, {"factory": self.factory, "metric": self._metric})
+
+    @classmethod
+    def load(cls, directory: Path, *, gpu: bool = False) -> "FaissIndex":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            MissingFileError: No index there.
+            CorruptSnapshotError: FAISS cannot read the file.
+            MissingExtraError: FAISS, or its GPU build, is not installed.
+        """
+        settings = read_json(directory / SETTINGS_FILE, "FAISS index settings")
+        faiss = _import_faiss(f"An index of factory '{settings['factory']}'")
+        path = existing_file(directory / INDEX_FILE, "FAISS index")
+        try:
+            raw = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise CorruptSnapshotError(
+                f"{path}: expected a whole FAISS index; FAISS says: {_brief(error)}. Build the index again."
+            ) from error
+        index = cls(raw, metric=as_metric(settings["metric"]), factory=settings["factory"])
+        return index.to_gpu() if gpu else index
+
+    def _train(self, faiss: Any, vectors_ND: Vectors, num_training_vectors: int | None, seed: int) -> None:
+        if self._index.is_trained:
+            return
+        inverted_file = faiss.try_extract_index_ivf(self._index)
+        if inverted_file is not None:
+            inverted_file.cp.seed = seed
+        rows_MD = as_tensor(vectors_ND)
+        num_vectors = rows_MD.shape[0]
+        if num_training_vectors is not None and num_training_vectors < num_vectors:
+            drawn = np.random.default_rng(seed).choice(num_vectors, num_training_vectors, replace=False)
+            rows_MD = rows_MD[torch.from_numpy(np.sort(drawn))]
+        self._index.train(self._rows(rows_MD, "passage vectors"))
+
+    def _append(self, vectors_ND: Vectors) -> None:
+        for _, block_MD in blocks(vectors_ND):
+            self._index.add(self._rows(block_MD, "passage vectors"))
+
+    def _rows(self, rows_MD: Float[Tensor, "M D"], what: str) -> Float[np.ndarray, "M D"]:
+        rows_MD = rows_MD.detach().to("cpu", torch.float32)
+        if self._metric == "cosine":
+            rows_MD = unit_length(rows_MD, what)
+        return np.ascontiguousarray(rows_MD.numpy())
+
+
+def _import_faiss(purpose: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # SWIG's generated types warn on Python 3.12 and later
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "faiss", purpose) from error
+    return faiss
+
+
+def _set_search_parameter(faiss: Any, index: Any, name: str, value: int, factory: str) -> None:
+    ours = {"nprobe": "nprobe", "efSearch": "ef_search"}[name]
+    if value < 1:
+        raise ConfigError(f"{ours}: expected at least 1, came {value}.")
+    try:
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+    except RuntimeError as error:
+        needed = "inverted lists (IVF…)" if name == "nprobe" else "a graph (HNSW…)"
+        raise ConfigError(
+            f"{ours}: expected an index factory with {needed}, came {factory!r}. Leave {ours} unset, or change it."
+        ) from error
+
+
+def _refused(factory: str, vectors_ND: Vectors, error: RuntimeError, hint: str) -> ConfigError:
+    num_vectors, dimension = vectors_ND.shape
+    return ConfigError(
+        f"index factory {factory!r}: expected one that FAISS accepts for {num_vectors} x {dimension} vectors; "
+        f"FAISS says: {_brief(error)}. {hint}, or use factory 'exact'."
+    )
+
+
+def _brief(error: RuntimeError) -> str:
+    """FAISS's own words without the C++ function and line before them."""
+    return str(error).strip().splitlines()[-1].split("' failed: ")[-1].split("Error: ")[-1].rstrip(".")

@@ -1,0 +1,40 @@
+"""Losses that train the retriever alone.
+
+Inputs: similarities of questions and passages. Assumption: every question has exactly one gold passage in its row.
+Use :func:`in_batch_contrastive` to warm a retriever up before the marginal objectives, which need some gold
+passages among the K retrieved to start learning from (the paper starts from a DPR trained this way).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def in_batch_contrastive(
+    scores_BN: Float[Tensor, "B N"],
+    positives_B: Int[Tensor, "B"],
+    ignored_BN: Bool[Tensor, "B N"] | None = None,
+) -> Float[Tensor, "B"]:
+    """Returns ``-log softmax`` of each question's gold passage among the batch's passages (DPR §3.2, eq. 3).
+
+    Args:
+        scores_BN: Similarities of B questions with N passages: the batch's gold passages and any hard negatives.
+        positives_B: Column of each question's gold passage.
+        ignored_BN: True where a passage must not count as a negative, for instance because two questions of the
+            batch share their gold passage. The gold passage itself is never ignored.
+
+    Raises:
+        ValueError: A column out of range, or fewer than two passages (the loss would be 0 and teach nothing).
+
+    >>> in_batch_contrastive(torch.zeros(2, 2), torch.tensor([0, 1])).exp()
+    tensor([2.0000, 2.0000])
+    """
+    if scores_BN.shape[1] < 2:
+        raise ValueError(f"expected at least two passages to contrast, got {scores_BN.shape[1]}: raise the batch size")
+    if bool(((positives_B < 0) | (positives_B >= scores_BN.shape[1])).any()):
+        raise ValueError(f"expected gold columns within 0..{scores_BN.shape[1] - 1}, got {positives_B.tolist()}")
+    scores_BN = scores_BN if scores_BN.dtype == torch.float64 else scores_BN.float()
+    if ignored_BN is not None:
+        gold_BN = torch.nn.functional.one_hot(positives_B, scores_BN.shape[1]).bool()
+        scores_BN = scores_BN.masked_fill(ignored_BN & ~gold_BN, -torch.inf)
+    return torch.nn.functional.cross_entropy(scores_BN, positives_B, reduction="none")

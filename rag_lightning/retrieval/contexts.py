@@ -1,0 +1,105 @@
+"""From hits to the generator's input: passage and question joined as ids, no text touched in the training step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from rag_lightning.text.token_store import TokenStore
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.text.prompts import Prompt, join_contexts
+from rag_lightning.text.tokenizers import special_affixes
+from rag_lightning.types import Passage, TokenBatch
+
+
+class ContextAssembler:
+    """Joins retrieved passages to their questions, ``[B * K, L]``.
+
+    Args:
+        corpus: The passages that hits refer to; None for closed-book input only.
+        tokenizer: The generator's tokenizer.
+        prompt: How passage and question are written.
+        store: The corpus tokenised once with this tokenizer and prompt; without one, passages are tokenised when
+            they are met (fine for a few questions, slow for training).
+    """
+
+    def __init__(
+        self,
+        *,
+        corpus: PassageCorpus | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        store: TokenStore | None = None,
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.store = store
+        self.prefix_ids, self.suffix_ids = special_affixes(tokenizer)
+
+    def contexts(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch) -> TokenBatch:
+        """Returns the joined contexts, passages of one question adjacent.
+
+        Args:
+            ids_BK: Passage numbers; ``-1`` gives a context without a passage.
+            questions: The B questions as :attr:`rag_lightning.types.QuestionBatch.prompt` holds them.
+        """
+        passages = self.passage_tokens(ids_BK.reshape(-1).cpu().numpy())
+        return self._join(passages, questions, ids_BK.shape[1]).to(ids_BK.device)
+
+    def contexts_of(self, passages: Sequence[Passage], questions: TokenBatch) -> TokenBatch:
+        """Returns contexts of passages that need not be in the corpus, one for each question, ``[B, L]``."""
+        return self._join(self._tokenise(passages), questions, 1).to(questions.input_ids.device)
+
+    def without_passage(self, questions: TokenBatch) -> TokenBatch:
+        """Returns the questions alone, ``[B, L]``: the closed-book input, and the reference of retrieval utility."""
+        empty = [np.zeros(0, dtype=np.int64)] * questions.input_ids.shape[0]
+        return self._join(empty, questions, 1).to(questions.input_ids.device)
+
+    def passage_tokens(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.integer]]:
+        """Returns the passage part of each row's context; empty for row ``-1``."""
+        empty = np.zeros(0, dtype=np.int64)
+        if self.store is not None:
+            tokens = self.store.gather(np.maximum(rows_N, 0))
+        else:
+            assert self.corpus is not None
+            tokens = self._tokenise([self.corpus[max(int(row), 0)] for row in rows_N])
+        return [ids if row >= 0 else empty for row, ids in zip(rows_N, tokens, strict=True)]
+
+    def _tokenise(self, passages: Sequence[Passage]) -> list[NDArray[np.integer]]:
+        texts = [self.prompt.passage_text(passage) for passage in passages]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [np.asarray(ids[: self.prompt.max_passage_tokens], dtype=np.int64) for ids in encoded]
+
+    def _join(self, passages: list[NDArray[np.integer]], questions: TokenBatch, num_passages: int) -> TokenBatch:
+        pad_id = self.tokenizer.pad_token_id
+        return join_contexts(
+            passages,
+            questions.to("cpu"),
+            num_passages=num_passages,
+            prefix_ids=self.prefix_ids,
+            suffix_ids=self.suffix_ids,
+            pad_id=pad_id,
+            max_tokens=self.prompt.max_tokens,
+            question_first=self.prompt.question_first,
+        )
+
+
+def pad_sequences(sequences: list[NDArray[np.integer]] | list[list[int]], pad_id: int) -> TokenBatch:
+    """Returns token ids padded on the right to the longest, with their mask.
+
+    >>> pad_sequences([[5, 6], [7]], pad_id=0).input_ids
+    tensor([[5, 6],
+            [7, 0]])
+    """
+    longest = max(1, max(len(sequence) for sequence in sequences))
+    ids_NL = np.full((len(sequences), longest), pad_id, dtype=np.int64)
+    mask_NL = np.zeros((len(sequences), longest), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids_NL[row, : len(sequence)] = sequence
+        mask_NL[row, : len(sequence)] = 1
+    return TokenBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL))

@@ -1,0 +1,219 @@
+"""Tokenizers: load one, name its content by a hash, find its special tokens, train a small word vocabulary.
+
+``tokenizer_hash`` keys caches (a token store of another vocabulary is never read) and ``special_affixes`` lets contexts
+be joined from ids without calling the tokenizer again. ``train_word_tokenizer`` makes the vocabulary of the bundled
+small world: names stay whole, so that a small generator can copy them in one step.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rag_lightning.errors import ConfigError, DataError, MissingFileError
+
+WORD_START = "▁"
+CONTINUATION = "##"
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+MAX_PIECES = 1000  # sub-word pieces beyond single characters, for words outside the vocabulary
+PROBES = ("a", "the", "1", ".")
+
+
+def load_tokenizer(source: str | Path, subfolder: str = "") -> PreTrainedTokenizerBase:
+    """Returns the tokenizer saved in a directory, or published on the hub under that id.
+
+    Args:
+        source: Directory or hub id.
+        subfolder: Folder inside it, where the tokenizer does not lie at the top.
+
+    Raises:
+        MissingFileError: ``source`` looks like a path, and no such directory exists.
+        DataError: The directory or the hub entry holds no tokenizer that can be loaded.
+    """
+    path = Path(source)
+    looks_local = isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~"))
+    if looks_local and not path.expanduser().is_dir():
+        raise MissingFileError(
+            f"tokenizer: expected a directory saved with save_pretrained, found none at {source}. "
+            "Check the path, or give a hub id such as 'facebook/bart-base'."
+        )
+    name = str(path.expanduser()) if path.expanduser().is_dir() else str(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"tokenizer: expected a directory with tokenizer files (tokenizer.json and others) or a hub id, "
+            f"came {str(source)!r}: {reason}. Save one there with tokenizer.save_pretrained, or check the name and the "
+            "network."
+        ) from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a SHA-256 of what decides the ids: the backend's JSON, or the vocabulary, and the special tokens.
+
+    Padding and truncation settings, which a tokenizer changes while it is used, do not enter; nor does the Python
+    class, which saving and loading may change.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state: dict[str, Any] = json.loads(backend.to_str())
+        state.pop("padding", None)
+        state.pop("truncation", None)
+    else:
+        state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    state["special_ids"] = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "cls_token_id", "sep_token_id")
+    }
+    return sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Returns the ids that the tokenizer puts before and after one sequence, such as ``([<s>], [</s>])``.
+
+    Found by encoding a short probe with and without special tokens, so it holds for any template.
+
+    Raises:
+        ConfigError: No probe gives the same ids with and without special tokens.
+    """
+    for probe in PROBES:
+        bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+        full = list(tokenizer(probe, add_special_tokens=True)["input_ids"])
+        for start in range(len(full) - len(bare) + 1) if bare else ():
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    raise ConfigError(
+        f"{type(tokenizer).__name__}: expected the ids of a text to stand unchanged between its special tokens, but no "
+        f"probe of {PROBES} does. Use a tokenizer whose template only adds ids before and after."
+    )
+
+
+def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """Trains a WordPiece tokenizer whose vocabulary is mostly whole words.
+
+    The vocabulary holds, in this order: the special tokens ``<pad> <s> </s> <unk> <mask>`` (ids 0 to 4), every
+    character of the texts as first and as continuing piece, up to 1,000 frequent word pieces (learned by byte-pair
+    merges over the distinct words), then the most frequent words until ``vocab_size`` is reached. Ties are broken
+    alphabetically, so equal texts give equal tokenizers.
+
+    A word carries its preceding space (``▁``) and each punctuation mark is a token of its own, so decoding restores
+    the text exactly, up to case and runs of white space. A word with a character never seen becomes ``<unk>``.
+    Sequences are wrapped as ``<s> … </s>``.
+
+    Args:
+        texts: What to learn the words from; read once.
+        vocab_size: The largest number of entries; fewer when the texts have fewer words.
+        lowercase: Whether case is dropped.
+
+    Raises:
+        DataError: The texts hold no word.
+        ConfigError: ``vocab_size`` is too small for the characters of the texts.
+
+    >>> tokenizer = train_word_tokenizer(["J.J. Abrams directed Spider-Man 2"] * 2, vocab_size=100)
+    >>> tokenizer.tokenize("spider-man 2")
+    ['▁spider', '-', 'man', '▁2']
+    >>> tokenizer.decode(tokenizer("J.J.  Abrams")["input_ids"], skip_special_tokens=True)
+    'j.j. abrams'
+    """
+    backend = _word_backend(models.WordPiece({}, unk_token="<unk>"), lowercase)
+    counts = _count_words(backend, texts)
+    if not counts:
+        raise DataError("word tokenizer: expected texts with at least one word, came none. Check the corpus.")
+    vocabulary = _word_vocabulary(counts, vocab_size)
+    backend.model = models.WordPiece(
+        vocabulary, unk_token="<unk>", continuing_subword_prefix=CONTINUATION, max_input_chars_per_word=200
+    )
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        cls_token="<s>",
+        sep_token="</s>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _word_backend(model: models.Model, lowercase: bool) -> Tokenizer:
+    """Returns a tokenizer without vocabulary: normalising, splitting into words and signs, joining again."""
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            *([normalizers.Lowercase()] if lowercase else []),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(WORD_START),
+            normalizers.Replace(" ", WORD_START),
+        ]
+    )
+    letters = r"\p{L}\p{N}\p{M}"
+    words = rf"{WORD_START}?[{letters}]+|{WORD_START}?[^{WORD_START}{letters}]"
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
+    # a sign is one pre-token, so "##" inside a token can only be the mark of a continuing piece
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(CONTINUATION, ""),
+            decoders.Replace(WORD_START, " "),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return backend
+
+
+def _count_words(backend: Tokenizer, texts: Iterable[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normalised = backend.normalizer.normalize_str(text)
+        counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalised))
+    return counts
+
+
+def _word_vocabulary(counts: Counter[str], vocab_size: int) -> dict[str, int]:
+    """Returns token to id: specials, characters, pieces, then words by frequency."""
+    alphabet = sorted({character for word in counts for character in word})
+    tokens = [*SPECIAL_TOKENS, *alphabet, *(CONTINUATION + character for character in alphabet)]
+    if vocab_size < len(tokens):
+        raise ConfigError(
+            f"word tokenizer: expected vocab_size of at least {len(tokens)} ({len(SPECIAL_TOKENS)} special tokens and "
+            f"{len(alphabet)} characters, each as first and as continuing piece), came {vocab_size}. Raise it."
+        )
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+    num_pieces = min(MAX_PIECES, (vocab_size - len(tokens)) // 4)
+    for token in [*_word_pieces(by_frequency, alphabet, num_pieces), *by_frequency]:
+        if len(vocabulary) >= vocab_size:
+            break
+        vocabulary.setdefault(token, len(vocabulary))
+    return vocabulary
+
+
+def _word_pieces(words: list[str], alphabet: list[str], num_pieces: int) -> list[str]:
+    """Returns frequent pieces of the distinct words; those inside a word carry the continuation mark."""
+    if num_pieces == 0:
+        return []
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + num_pieces, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    # each distinct word is a text without white space or signs to split at, so merges stay within words
+    learner.train_from_iterator(words, trainer)
+    by_id = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    return [piece if piece.startswith(WORD_START) else CONTINUATION + piece for piece, _ in by_id if len(piece) > 1]

@@ -1,0 +1,236 @@
+"""What a training example is, for each kind of objective, and how examples become a batch.
+
+An example is drawn at (epoch, position) from a generator seeded by that place alone, so a resumed run meets the same
+examples as an uninterrupted one.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.corpora.warmup import inverse_cloze, rare_words, span_copy, substitute_entities
+from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.contexts import ContextAssembler
+from rag_lightning.retrieval.encode import PassageTokens
+from rag_lightning.types import Passage, Question, QuestionBatch
+
+ExampleKind = Literal["questions", "gold_passages", "inverse_cloze", "denoising"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, the answer to train on, and, for warm-up objectives, the passage that holds it.
+
+    Attributes:
+        question: The record.
+        answer: Target text; empty where none is known.
+        positive_row: Number of a gold passage, ``-1`` where none is known.
+        passage: The passage to read or to contrast, possibly altered; None where retrieval will find passages.
+    """
+
+    question: Question
+    answer: str
+    positive_row: int = -1
+    passage: Passage | None = None
+
+
+class Examples(Protocol):
+    """A sequence of examples, some of them drawn anew at each visit."""
+
+    def __len__(self) -> int:
+        """How many there are in an epoch."""
+        ...
+
+    def draw(self, position: int, rng: random.Random) -> Example:
+        """Returns the example at a position; ``rng`` decides what is random in it."""
+        ...
+
+
+class QuestionExamples:
+    """Questions as they are; passages are retrieved, or none are read.
+
+    Args:
+        questions: The records.
+        corpus: To number gold passages; None without retrieval.
+        sample_answers: Draw one of the accepted answers at each visit, instead of the first.
+        with_passage: Attach a gold passage (drawn where there are several); every question must have one.
+
+    Raises:
+        DataError: ``with_passage`` and a question without a gold passage.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        corpus: PassageCorpus | None,
+        *,
+        sample_answers: bool = False,
+        with_passage: bool = False,
+    ) -> None:
+        self.questions = questions
+        self.corpus = corpus
+        self.sample_answers = sample_answers
+        self.with_passage = with_passage
+        if with_passage:
+            bare = next((question.id for question in questions if not question.positive_passage_ids), None)
+            if bare is not None:
+                raise DataError(
+                    f"question {bare!r} has no positive_passage_ids, but this objective reads gold passages: add them, "
+                    "or use examples=inverse_cloze, which needs no questions"
+                )
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def draw(self, position: int, rng: random.Random) -> Example:
+        """Returns the question with an answer and, if asked, a gold passage."""
+        question = self.questions[position]
+        answers = question.answers
+        answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
+        row = -1
+        if self.corpus is not None and question.positive_passage_ids:
+            row = self.corpus.row_of(rng.choice(question.positive_passage_ids))
+        passage = self.corpus[row] if self.with_passage and self.corpus is not None else None
+        return Example(question, answer, row, passage)
+
+
+class InverseClozeExamples:
+    """A sentence of each passage as question, the passage without it as gold passage (Lee et al. 2019).
+
+    Args:
+        corpus: The passages; no questions are needed.
+        keep_probability: How often the sentence stays in its passage, so that matching words is learned too.
+    """
+
+    def __init__(self, corpus: PassageCorpus, *, keep_probability: float = 0.1) -> None:
+        self.corpus = corpus
+        self.keep_probability = keep_probability
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def draw(self, position: int, rng: random.Random) -> Example:
+        """Returns a fresh sentence of the passage."""
+        passage = self.corpus[position]
+        sentence, rest = inverse_cloze(passage, rng, self.keep_probability)
+        question = Question(f"cloze-{passage.id}", sentence, ())
+        return Example(question, "", position, Passage(passage.id, passage.title, rest))
+
+
+class DenoisingExamples:
+    """Reading practice on gold passages: copy, do not remember.
+
+    A part of the examples has its rare words renamed alike in passage, question and answer (entity substitution,
+    Longpre et al. 2021), a part restores a masked span of a passage (span infilling, Lewis et al. 2019), and the rest
+    are questions as they are. A reader trained without renaming memorises answers and fails on unseen passages.
+
+    Args:
+        questions: Questions with gold passages.
+        corpus: The passages.
+        rename_share: Share of renamed questions among the questions.
+        copy_share: Share of span examples among all.
+        rare_count: A word is rare when it occurs at most this often in the corpus.
+        mask: The hole's sign.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        corpus: PassageCorpus,
+        *,
+        rename_share: float = 0.5,
+        copy_share: float = 0.3,
+        rare_count: int = 20,
+        mask: str = "<mask>",
+    ) -> None:
+        for name, share in (("rename_share", rename_share), ("copy_share", copy_share)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{name}: expected a share from 0 to 1, got {share}")
+        self.golden = QuestionExamples(questions, corpus, sample_answers=True, with_passage=True)
+        self.corpus = corpus
+        self.rename_share = rename_share
+        self.copy_share = copy_share
+        self.mask = mask
+        self.pool = rare_words((f"{passage.title} {passage.text}" for passage in corpus), rare_count)
+        self._rare = frozenset(self.pool)
+
+    def __len__(self) -> int:
+        return len(self.golden)
+
+    def draw(self, position: int, rng: random.Random) -> Example:
+        """Returns a question as it is, a renamed one, or a span of a random passage."""
+        if rng.random() < self.copy_share:
+            return self._copied(rng)
+        example = self.golden.draw(position, rng)
+        return self._renamed(example, rng) if rng.random() < self.rename_share else example
+
+    def _copied(self, rng: random.Random) -> Example:
+        row = rng.randrange(len(self.corpus))
+        passage = self.corpus[row]
+        question, answer = span_copy(passage, rng, mask=self.mask)
+        if rng.random() < self.rename_share:
+            passage, question, answer = self._rename(passage, question, answer, rng)
+        return Example(Question(f"span-{passage.id}", question, (answer,)), answer, row, passage)
+
+    def _renamed(self, example: Example, rng: random.Random) -> Example:
+        assert example.passage is not None
+        record = example.question
+        passage, question, answer = self._rename(example.passage, record.question, example.answer, rng)
+        renamed = Question(record.id, question, (answer,), record.positive_passage_ids)
+        return Example(renamed, answer, example.positive_row, passage)
+
+    def _rename(
+        self, passage: Passage, question: str, answer: str, rng: random.Random
+    ) -> tuple[Passage, str, str]:
+        joined = f"{passage.title}\n{passage.text}"
+        text, question, answer = substitute_entities(joined, question, answer, self._rare.__contains__, self.pool, rng)
+        title, _, body = text.partition("\n")
+        return Passage(passage.id, title, body), question, answer
+
+
+class Collator:
+    """Turns examples into a :class:`~rag_lightning.types.QuestionBatch`.
+
+    Args:
+        model: Knows both vocabularies.
+        assembler: Joins an example's own passage to its question; None without reading passages.
+        passage_tokens: Writes an example's own passage for the passage tower; None without contrasting.
+    """
+
+    def __init__(
+        self,
+        model: RagModel,
+        *,
+        assembler: ContextAssembler | None = None,
+        passage_tokens: PassageTokens | None = None,
+    ) -> None:
+        self.model = model
+        self.assembler = assembler
+        self.passage_tokens = passage_tokens
+
+    def __call__(self, examples: Sequence[Example], weights: Sequence[float]) -> QuestionBatch:
+        """Returns the batch; ``weights`` is 0 on fillers."""
+        texts = [example.question.question for example in examples]
+        passages = [example.passage for example in examples if example.passage is not None]
+        prompt = self.model.prompt_tokens(texts)
+        contexts = own = None
+        if len(passages) == len(examples) and self.assembler is not None:
+            contexts = self.assembler.contexts_of(passages, prompt)
+        if len(passages) == len(examples) and self.passage_tokens is not None:
+            own = self.passage_tokens.batch_of(passages)
+        return QuestionBatch(
+            questions=tuple(example.question for example in examples),
+            query=self.model.query_tokens(texts) if self.model.encoder is not None else None,
+            prompt=prompt,
+            labels=self.model.target_tokens([example.answer for example in examples]),
+            positive_ids=torch.tensor([example.positive_row for example in examples]),
+            weights_B=torch.tensor(list(weights), dtype=torch.float32),
+            contexts=contexts,
+            passages=own,
+        )
+

@@ -1,0 +1,262 @@
+"""RagLightningModule: one shared step for training, validation and test."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rag_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
+from rag_lightning.losses.marginal import rag_token_log_likelihood
+from rag_lightning.metrics.answers import AnswerMetrics
+from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
+from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
+from rag_lightning.rag import RagModel
+from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.objectives import Objective, Outcome, Sources
+from rag_lightning.training.optim import (
+    OptimSettings,
+    build_optimizer,
+    build_scheduler,
+    freeze_all_but,
+    modules_of,
+)
+from rag_lightning.types import Prediction, QuestionBatch
+
+Reduction = Literal["example_mean", "token_mean", "sum"]
+
+
+class RagLightningModule(L.LightningModule):
+    """Trains a :class:`~rag_lightning.rag.RagModel` with an objective.
+
+    Args:
+        model: Encoder, generator, marginal.
+        objective: What a batch is worth.
+        optim: Who learns and how fast.
+        reduction: How the losses of a step become one number. ``example_mean`` gives every question the same weight,
+            1 / (questions of a full batch over all processes), so that accumulation and several processes change
+            nothing; ``token_mean`` divides by the target tokens of the step; ``sum`` is transformers' ``reduce_loss``.
+        recall_at: Cut-offs of recall.
+        generate_in_validation: Decode answers in validation too, not only in the test.
+        retrieval_utility: Also score the targets without passages in evaluation.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: RagModel,
+        objective: Objective,
+        optim: OptimSettings,
+        reduction: Reduction = "example_mean",
+        recall_at: tuple[int, ...] = (1, 5, 20),
+        generate_in_validation: bool = True,
+        retrieval_utility: bool = True,
+    ) -> None:
+        super().__init__()
+        if reduction not in get_args(Reduction):
+            raise ConfigError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+        self.model = model
+        self.objective = objective
+        self.optim = optim
+        self.reduction: Reduction = reduction
+        self.generate_in_validation = generate_in_validation
+        self.retrieval_utility = retrieval_utility
+        self.trained = optim.trained_parts(objective.trains)
+        freeze_all_but(model, self.trained)
+        self.metrics = nn.ModuleDict(
+            {
+                "answers": AnswerMetrics(),
+                "gold": RetrievalMetrics(ks=tuple(recall_at)),
+                "answer_in_passage": RetrievalMetrics(ks=tuple(recall_at)),
+            }
+        )
+        self.diagnostics: DiagnosticMetrics | None = None
+        self.predictions: list[Prediction] = []
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def data(self) -> RagDataModule:
+        """The data module, which owns the live index."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, RagDataModule)
+        return datamodule
+
+    def training_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
+        """Returns the loss of a batch; refuses one that is not finite."""
+        outcome = self.objective(self.model, batch, self._sources(reencode="passage_encoder" in self.trained))
+        loss = self._reduce(outcome, batch)
+        if not math.isfinite(float(loss.detach())):
+            ids = ", ".join(question.id for question in batch.questions[:8])
+            raise NonFiniteLossError(
+                f"the loss is {float(loss.detach())} at step {self.global_step} (batch {batch_idx}, questions {ids}, …). "
+                "The weights are as they were before this step and the last checkpoint is kept. "
+                "Lower the learning rates, clip gradients, or look at these questions."
+            )
+        self._log_training(outcome, batch)
+        return loss
+
+    def _sources(self, *, reencode: bool) -> Sources:
+        data = self.data
+        return Sources(data.assembler, data.retriever, data.encoder_tokens if reencode else None)
+
+    def _reduce(self, outcome: Outcome, batch: QuestionBatch) -> Float[Tensor, ""]:
+        """Reduces once, so that the mean of the processes' gradients is the gradient of the whole batch's loss."""
+        total = (outcome.loss_B * batch.weights_B).sum()
+        if self.reduction == "sum":
+            return total * self.trainer.world_size
+        if self.reduction == "token_mean":
+            units = (outcome.num_units_B * batch.weights_B).sum()
+            units = self.trainer.strategy.reduce(units, reduce_op="sum")
+            return total * self.trainer.world_size / units
+        return total * self.trainer.world_size / self.data.batch_size
+
+    @torch.no_grad()
+    def _log_training(self, outcome: Outcome, batch: QuestionBatch) -> None:
+        count = int(batch.weights_B.sum())
+        mean_loss = (outcome.loss_B.detach() * batch.weights_B).sum() / max(count, 1)
+        values: dict[str, Any] = {"train/loss": mean_loss}
+        if outcome.hits is not None and outcome.marginal is not None:
+            values["train/posterior_entropy"] = posterior_entropy(outcome.marginal.log_posterior_BK.exp()).mean()
+            values["train/prior_entropy"] = posterior_entropy(outcome.marginal.log_prior_BK.exp()).mean()
+        if self.data.retriever is not None:
+            values["index/age_steps"] = float(self.global_step - self.data.snapshot_step)
+        self.log_dict(values, batch_size=max(count, 1), prog_bar=True)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last epoch's predictions."""
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the last epoch's predictions."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        """Scores, retrieves and, if asked, answers."""
+        self._evaluate(batch, "val", generate=self.generate_in_validation)
+
+    def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        """Scores, retrieves and answers."""
+        self._evaluate(batch, "test", generate=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the epoch's metrics."""
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the epoch's metrics."""
+        self._finish_evaluation("test")
+
+    def _start_evaluation(self) -> None:
+        self.predictions = []
+        for metric in self.metrics.values():
+            metric.reset()
+        self.diagnostics = None
+        if self.data.retriever is not None:
+            self.diagnostics = DiagnosticMetrics(corpus_size=len(self.data.corpus)).to(self.device)
+
+    def _evaluate(self, batch: QuestionBatch, stage: str, *, generate: bool) -> None:
+        outcome = self.objective(self.model, batch, self._sources(reencode=False))
+        real = [row for row, weight in enumerate(batch.weights_B.tolist()) if weight > 0]
+        scored = [row for row in real if batch.questions[row].answers]
+        if scored and outcome.marginal is not None:
+            nll = -outcome.marginal.log_likelihood_B[scored].mean()
+            self.log(f"{stage}/nll", nll, batch_size=len(scored), on_epoch=True, sync_dist=True)
+        self._update_retrieval(outcome, batch, real)
+        if generate and outcome.encoded is not None and outcome.doc_scores_BK is not None:
+            self._answer(outcome, batch, real)
+
+    def _update_retrieval(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> None:
+        if outcome.hits is None or self.data.retriever is None or not real:
+            return
+        evidence = self.data.retriever.evidence(outcome.hits).passages
+        passages = [evidence[row] for row in real]
+        questions = [batch.questions[row] for row in real]
+        width = outcome.hits.ids_BK.shape[1]
+        for name, relevance in (("gold", relevant_by_gold), ("answer_in_passage", relevant_by_answer)):
+            relevant_BK, counted_B = relevance(passages, questions, num_passages=width)
+            self.metrics[name].update(relevant_BK.to(self.device), counted_B.to(self.device))
+        assert self.diagnostics is not None
+        posterior_BK = outcome.marginal.log_posterior_BK[real].exp() if outcome.marginal is not None else None
+        self.diagnostics.update(outcome.hits.ids_BK[real], posterior_BK, self._utility(outcome, batch, real))
+
+    def _utility(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> Float[Tensor, "B"] | None:
+        """Returns how much the passages add to the target's log-likelihood (REALM's retrieval utility)."""
+        if not self.retrieval_utility or outcome.marginal is None:
+            return None
+        if not all(batch.questions[row].answers for row in real):
+            return None
+        alone = self.model.generator.score(
+            self.model.generator.encode(self.data.assembler.without_passage(batch.prompt)), batch.labels, 1
+        )
+        certain_B1 = torch.zeros_like(alone.token_log_probs_BKT[:, :, 0])
+        alone_B = rag_token_log_likelihood(alone.token_log_probs_BKT, certain_B1, alone.target_mask_BT)
+        return (outcome.marginal.log_likelihood_B - alone_B)[real]
+
+    def _answer(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> None:
+        assert outcome.encoded is not None
+        assert outcome.doc_scores_BK is not None
+        decoding = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
+        decoded = self.model.decode(outcome.encoded, outcome.doc_scores_BK, decoding=decoding)
+        predictions = self.model.predictions(
+            batch.questions, decoded, outcome.encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
+        )
+        chosen = [predictions[row] for row in real]
+        self.predictions += chosen
+        if chosen:
+            questions = [batch.questions[row] for row in real]
+            self.metrics["answers"].update([prediction.answer for prediction in chosen], questions)
+
+    def _finish_evaluation(self, stage: str) -> None:
+        values: dict[str, Tensor] = dict(self.metrics["answers"].compute())
+        values |= self.metrics["gold"].compute()
+        values |= {f"answer_{name}": value for name, value in self.metrics["answer_in_passage"].compute().items()}
+        if self.diagnostics is not None:
+            values |= self.diagnostics.compute()
+            values["index_age_steps"] = torch.tensor(float(self.global_step - self.data.snapshot_step))
+        self.log_dict({f"{stage}/{name}": value.float().to(self.device) for name, value in values.items()})
+
+    # ------------------------------------------------------------------ optimiser and checkpoints
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW with one group for each part, and its schedule, stepped every optimiser step."""
+        optimizer = build_optimizer(self.model, self.optim)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, self.optim, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train(self, mode: bool = True) -> "RagLightningModule":
+        """Sets training mode; frozen parts stay in evaluation mode, without dropout."""
+        super().train(mode)
+        for name, part in modules_of(self.model).items():
+            if name not in self.trained:
+                part.eval()
+        return self
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights of other shapes before anything is overwritten.
+
+        Raises:
+            CheckpointError: Names the first tensor that differs; another vocabulary is the usual reason.
+        """
+        check_shapes(self.state_dict(), checkpoint["state_dict"])
+
+
+def check_shapes(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
+    """Refuses a state dict that belongs to a model of another size.
+
+    Raises:
+        CheckpointError: Names the first tensor that differs.
+    """
+    for name, tensor in expected.items():
+        if name in came and came[name].shape != tensor.shape:
+            hint = " (the first axis is the vocabulary: was it trained with another tokenizer?)" if tensor.ndim == 2 else ""
+            raise CheckpointError(
+                f"checkpoint: expected {name} of shape {tuple(tensor.shape)}, came {tuple(came[name].shape)}{hint}. "
+                "Give the encoder and generator that the checkpoint was trained with."
+            )

@@ -1,0 +1,147 @@
+"""Who learns, how fast, and along which schedule: one parameter group for each part of the model."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.rag import RagModel
+
+Schedule = Literal["constant", "linear", "cosine", "polynomial"]
+PARTS = ("query_encoder", "passage_encoder", "generator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """AdamW with a learning rate for each part.
+
+    Attributes:
+        lr_query_encoder: Peak learning rate of the query tower.
+        lr_passage_encoder: Peak learning rate of the passage tower.
+        lr_generator: Peak learning rate of the generator.
+        train_query_encoder: False freezes the query tower.
+        train_passage_encoder: True trains the passage tower too: the K retrieved passages are encoded again with
+            gradient at each step. Wants ``reindex.schedule``, or the index goes stale.
+        train_generator: False freezes the generator.
+        weight_decay: On matrices; biases and norms are left alone.
+        beta1: First moment's decay.
+        beta2: Second moment's decay.
+        eps: Denominator's floor.
+        schedule: What the learning rate does after warm-up.
+        warmup_steps: Optimiser steps of linear warm-up from 0.
+        power: Exponent of the polynomial schedule.
+    """
+
+    lr_query_encoder: float = 1e-5
+    lr_passage_encoder: float = 1e-5
+    lr_generator: float = 3e-5
+    train_query_encoder: bool = True
+    train_passage_encoder: bool = False
+    train_generator: bool = True
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: Schedule = "linear"
+    warmup_steps: int = 0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            rate = getattr(self, f"lr_{part}")
+            if not (math.isfinite(rate) and rate > 0):
+                raise ConfigError(
+                    f"optim.lr_{part}: expected a positive number, got {rate}; to freeze it set train_{part}=false"
+                )
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(f"optim.schedule: expected one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
+
+    def trained_parts(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Returns the parts of ``wanted`` that are not frozen."""
+        return tuple(part for part in PARTS if part in set(wanted) and getattr(self, f"train_{part}"))
+
+
+def modules_of(model: RagModel) -> dict[str, nn.Module]:
+    """Returns the model's parts by name; a shared tower counts as the query encoder."""
+    parts: dict[str, nn.Module] = {"generator": model.generator}
+    if model.encoder is not None:
+        parts["query_encoder"] = model.encoder.query
+        if model.encoder.passage is not None and not model.encoder.shared:
+            parts["passage_encoder"] = model.encoder.passage
+    return parts
+
+
+def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
+    """Switches gradients on for the trained parts and off for the others.
+
+    Raises:
+        ConfigError: Nothing is left to train, or one of two shared towers is to be frozen.
+    """
+    trained = set(trained)
+    if model.encoder is not None and model.encoder.shared and len(trained & {"query_encoder", "passage_encoder"}) == 1:
+        raise ConfigError(
+            "the towers are shared (encoder.shared=true): train both or freeze both, by "
+            "optim.train_query_encoder and optim.train_passage_encoder"
+        )
+    parts = modules_of(model)
+    if not trained & set(parts):
+        raise ConfigError(
+            f"nothing to train: this objective trains {sorted(trained) or 'only frozen parts'}, the model has "
+            f"{sorted(parts)}. Set one of optim.train_query_encoder, train_passage_encoder, train_generator."
+        )
+    for name, module in parts.items():
+        module.requires_grad_(name in trained)
+
+
+def parameter_groups(model: RagModel, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Returns AdamW groups of the parameters that require gradients, named after their part."""
+    groups: list[dict[str, Any]] = []
+    for name, module in modules_of(model).items():
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for suffix, decay, chosen in (
+            ("", settings.weight_decay, [p for p in parameters if p.ndim >= 2]),
+            ("/no_decay", 0.0, [p for p in parameters if p.ndim < 2]),
+        ):
+            if chosen:
+                rate = getattr(settings, f"lr_{name}")
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name + suffix})
+    return groups
+
+
+def build_optimizer(model: RagModel, settings: OptimSettings) -> torch.optim.AdamW:
+    """Returns AdamW over :func:`parameter_groups`."""
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(parameter_groups(model, settings), betas=betas, eps=settings.eps)
+
+
+def rate_factor(settings: OptimSettings, total_steps: int) -> Callable[[int], float]:
+    """Returns the learning rate's factor at each optimiser step.
+
+    >>> factor = rate_factor(OptimSettings(schedule="linear", warmup_steps=2), total_steps=6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+        if settings.schedule == "constant":
+            return 1.0
+        if settings.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return float((1 - progress) ** (settings.power if settings.schedule == "polynomial" else 1.0))
+
+    return factor
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, settings: OptimSettings, total_steps: int) -> LambdaLR:
+    """Returns the schedule, to be stepped after every optimiser step."""
+    return LambdaLR(optimizer, rate_factor(settings, total_steps))

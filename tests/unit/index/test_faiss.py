@@ -1,0 +1,183 @@
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingExtraError, MissingFileError
+from rag_lightning.index.exact import ExactIndex
+from rag_lightning.index.faiss import INDEX_FILE, FaissIndex
+
+METRICS = ["inner_product", "l2", "cosine"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _faiss():
+    pytest.importorskip("faiss")
+
+
+def random_vectors(num_vectors, dimension=16, seed=0):
+    return torch.randn(num_vectors, dimension, generator=torch.Generator().manual_seed(seed))
+
+
+def overlap(ids_BK, expected_BK):
+    pairs = zip(ids_BK.tolist(), expected_BK.tolist(), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / expected_BK.numel()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [("Flat", {}), ("IVF8,Flat", {"nprobe": 8})],  # visiting all lists is exhaustive
+)
+def test_exhaustive_factories_equal_exact_search(factory, settings, metric):
+    vectors_ND, queries_BD = random_vectors(500), random_vectors(9, seed=1)
+    index = FaissIndex.build(vectors_ND, factory=factory, metric=metric, **settings)
+    scores_BK, ids_BK = index.search(queries_BD, 7)
+    expected_scores, expected_ids = ExactIndex(vectors_ND, metric=metric).search(queries_BD, 7)
+    assert torch.equal(ids_BK, expected_ids)
+    torch.testing.assert_close(scores_BK, expected_scores, rtol=1e-4, atol=1e-4)
+    assert (index.num_vectors, index.dimension, index.metric) == (500, 16, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_graph_search_finds_nearly_all_and_more_when_it_looks_wider(metric):
+    vectors_ND, queries_BD = random_vectors(1000), random_vectors(50, seed=1)
+    _, expected_ids = ExactIndex(vectors_ND, metric=metric).search(queries_BD, 10)
+
+    def recall(ef_search):
+        index = FaissIndex.build(vectors_ND, factory="HNSW16", metric=metric, ef_search=ef_search)
+        return overlap(index.search(queries_BD, 10)[1], expected_ids)
+
+    wide, narrow = recall(256), recall(10)
+    assert wide >= 0.95
+    assert narrow < wide
+
+
+def test_few_lists_visited_leave_places_empty():
+    centres = torch.eye(4).repeat_interleave(10, dim=0) * 100
+    vectors_ND = centres + 0.01 * random_vectors(40, 4)
+    scores_BK, ids_BK = FaissIndex.build(vectors_ND, factory="IVF4,Flat", metric="l2", nprobe=1).search(
+        vectors_ND[:1], 15
+    )
+    assert ids_BK[0, 0] == 0
+    assert set(ids_BK[0, :10].tolist()) == set(range(10))
+    assert ids_BK[0, 10:].tolist() == [-1] * 5
+    assert scores_BK[0, 10:].tolist() == [-torch.inf] * 5
+    assert torch.isfinite(scores_BK[0, :10]).all()
+
+
+def test_equal_scores_come_by_ascending_row():
+    _, ids_BK = FaissIndex.build(torch.ones(6, 2)).search(torch.ones(1, 2), 6)
+    assert ids_BK.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("num_training_vectors", [None, 300])
+def test_the_seed_decides_the_clusters(num_training_vectors):
+    vectors_ND, queries_BD = random_vectors(600), random_vectors(20, seed=1)
+
+    def answer(seed):
+        index = FaissIndex.build(
+            vectors_ND, factory="IVF16,Flat", num_training_vectors=num_training_vectors, nprobe=2, seed=seed
+        )
+        return index.search(queries_BD, 5)[1]
+
+    assert torch.equal(answer(3), answer(3))
+    assert not torch.equal(answer(3), answer(4))
+
+
+@given(
+    factory=st.sampled_from(["Flat", "HNSW8", "IVF2,Flat", "SQ8"]),
+    metric=st.sampled_from(METRICS),
+    num_vectors=st.integers(4, 40),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=25)
+def test_save_load_search_is_the_identity(tmp_path_factory, factory, metric, num_vectors, seed):
+    folder = tmp_path_factory.mktemp("faiss")
+    index = FaissIndex.build(random_vectors(num_vectors, 4, seed), factory=factory, metric=metric)
+    index.save(folder)
+    loaded = FaissIndex.load(folder)
+    queries_BD = random_vectors(3, 4, seed + 1)
+    assert (loaded.metric, loaded.factory) == (metric, factory)
+    assert all(map(torch.equal, index.search(queries_BD, num_vectors), loaded.search(queries_BD, num_vectors)))
+
+
+def test_search_settings_survive_saving(tmp_path):
+    vectors_ND, queries_BD = random_vectors(400), random_vectors(20, seed=1)
+    FaissIndex.build(vectors_ND, factory="IVF16,Flat", nprobe=16).save(tmp_path)
+    _, ids_BK = FaissIndex.load(tmp_path).search(queries_BD, 5)
+    assert torch.equal(ids_BK, ExactIndex(vectors_ND).search(queries_BD, 5)[1])
+
+
+def test_added_rows_continue_the_numbering():
+    vectors_ND = random_vectors(30)
+    index = FaissIndex.build(vectors_ND[:11], metric="cosine")
+    index.add(vectors_ND[11:])
+    _, ids_BK = index.search(vectors_ND, 1)
+    assert ids_BK.flatten().tolist() == list(range(30))
+    with pytest.raises(DataError, match="expected dimension 16, came 2"):
+        index.add(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"factory": "Flatt"},
+            r"index factory 'Flatt': expected one that FAISS accepts.*FAISS says: .*Flatt.*wiki.*'exact'",
+        ),
+        ({"factory": "PQ5"}, "index factory 'PQ5'.*20 x 16 vectors.*use factory 'exact'"),
+        ({"factory": "IVF64,Flat"}, "index factory 'IVF64,Flat'.*20 x 16 vectors.*FAISS says.*fewer clusters"),
+        (
+            {"factory": "Flat", "nprobe": 4},
+            r"nprobe: expected an index factory with inverted lists \(IVF…\), came 'Flat'",
+        ),
+        ({"factory": "IVF2,Flat", "ef_search": 4}, r"ef_search: expected an index factory with a graph \(HNSW…\)"),
+        ({"factory": "IVF2,Flat", "nprobe": 0}, "nprobe: expected at least 1, came 0"),
+    ],
+)
+def test_a_factory_that_does_not_fit_is_refused_in_faiss_words_and_ours(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FaissIndex.build(random_vectors(20), **settings)
+
+
+def test_bad_searches_are_refused_like_the_oracle_refuses_them():
+    index = FaissIndex.build(random_vectors(10))
+    with pytest.raises(ConfigError, match=r"expected 1 to 10, .* came 11"):
+        index.search(random_vectors(1), 11)
+    with pytest.raises(DataError, match="NaN or infinity"):
+        index.search(torch.full((1, 16), torch.nan), 1)
+    with pytest.raises(DataError, match="query vectors of non-zero length"):
+        FaissIndex.build(random_vectors(10), metric="cosine").search(torch.zeros(1, 16), 1)
+
+
+def test_without_faiss_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingExtraError, match=r"'HNSW32' \(factory 'exact' needs nothing\).*rag_lightning\[faiss\]"):
+        FaissIndex.build(random_vectors(10), factory="HNSW32")
+
+
+def test_gpu_search_needs_a_gpu_build():
+    import faiss
+
+    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+        pytest.skip("this FAISS has a GPU")
+    with pytest.raises((MissingExtraError, ConfigError), match=r"rag_lightning\[gpu\]|found none"):
+        FaissIndex.build(random_vectors(10), gpu=True)
+
+
+def test_loading_nothing_or_torn_files_says_so(tmp_path):
+    with pytest.raises(MissingFileError, match="FAISS index settings: no such file"):
+        FaissIndex.load(tmp_path)
+    FaissIndex.build(random_vectors(10)).save(tmp_path)
+    file = tmp_path / INDEX_FILE
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CorruptSnapshotError, match="expected a whole FAISS index; FAISS says"):
+        FaissIndex.load(tmp_path)
+
+
+def test_an_unwritable_place_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="FAISS could not write the index"):
+        FaissIndex.build(random_vectors(10)).save(tmp_path / "nowhere")
