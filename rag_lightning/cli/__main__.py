@@ -10,6 +10,7 @@ COMMANDS = {
     "index": "build, verify or describe an index snapshot",
     "report": "one table of several runs",
 }
+INDEX_ACTIONS = ("build", "verify", "info")
 
 
 def main() -> None:
@@ -24,10 +25,13 @@ def main() -> None:
     command = arguments[0]
     if command not in COMMANDS:
         sys.exit(f"error: expected one of {', '.join(COMMANDS)}, got {command!r}. See rag-lightning --help.")
+    rest = arguments[1:]
+    if command == "index" and rest and rest[0] in INDEX_ACTIONS:
+        rest = [f"action={rest[0]}", *rest[1:]]
     from rag_lightning.cli.hydra_app import run_app
 
     module = importlib.import_module(f"rag_lightning.cli.{command}")
-    run_app(command, module.run, arguments[1:])
+    run_app(command, module.run, rest)
 
 
 if __name__ == "__main__":

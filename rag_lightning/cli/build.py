@@ -1,12 +1,15 @@
 """From a composed configuration to objects: the one place where configuration ends and constructors begin."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import DecodingMode, RagSettings
@@ -61,6 +64,8 @@ def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
 def build_trainer(config: DictConfig, callbacks: DictConfig | None) -> L.Trainer:
     """Builds the trainer with its logger and callbacks; batches are divided among processes by our loader."""
     chosen = [instantiate(entry) for entry in (callbacks or {}).values() if entry is not None]
+    if not config.trainer.enable_progress_bar:
+        chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
     logger = instantiate(config.logger) if config.get("logger") is not None else False
     return instantiate(config.trainer, callbacks=chosen, logger=logger, use_distributed_sampler=False)
 
@@ -79,3 +84,17 @@ def run_folder(checkpoint: str) -> Path:
     if path.suffix == ".ckpt":
         return path.parent.parent
     return path.parent if (path / "rag_config.json").is_file() else path
+
+
+def decoding_of(
+    settings: RagSettings, options: DecodingOptions, decoding: DictConfig, num_passages: int | None
+) -> tuple[RagSettings, DecodingOptions]:
+    """Returns a saved model's settings with what the command line says in their place, where it says something."""
+    given = {key: value for key, value in plain(decoding).items() if value is not None}
+    mode = given.pop("mode", None)
+    changes: dict[str, Any] = {"decoding": mode} if mode is not None else {}
+    if num_passages is not None:
+        if settings.num_passages == 0:
+            raise ConfigError("num_passages: this is a closed-book model, it retrieves nothing")
+        changes["num_passages"] = num_passages
+    return replace(settings, **changes), replace(options, **given)

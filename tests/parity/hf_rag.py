@@ -97,18 +97,20 @@ def hf_rag_model(
     config = RagConfig.from_question_encoder_generator_configs(
         tiny_question_encoder_config(), generator_config, n_docs=num_passages
     )
-    model = (RagSequenceForGeneration if sequence else RagTokenForGeneration)(config).eval().to(dtype)
+    model = (RagSequenceForGeneration if sequence else RagTokenForGeneration)(config).eval()
     bias = torch.randn(VOCAB_SIZE) * 0.5
     bias[generator_config.pad_token_id] = -20.0
     bias[generator_config.eos_token_id] += eos_shift
     # transformers 5 ties T5's output layer whatever the configuration says; tied, tiny models repeat their last token
     lm_head = model.generator.lm_head
     lm_head.weight = torch.nn.Parameter(0.5 * torch.randn_like(lm_head.weight))
+    lm_head.weight.data[generator_config.eos_token_id] *= 2  # so that outputs end here and there, not all at once
     if generator_config.model_type == "bart":
+        model.generator.model.decoder.embed_positions.weight.data *= 2
         model.generator.final_logits_bias.copy_(bias)
     else:
         _give_t5_an_output_bias(model.generator, bias)
-    return model
+    return model.to(dtype)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from tests.parity.hf_rag import (
 )
 
 NUM_QUESTIONS, NUM_PASSAGES, MAX_NEW_TOKENS = 4, 3, 8
-EOS_SHIFTS = {"bart": (4.0, 6.0, 9.0), "t5": (1.0, 3.0, 5.0)}
+# (seed, eos_shift) of models whose answers have several lengths
+MODELS = {"bart": ((0, 1.0), (1, 0.0), (4, 0.0)), "t5": ((0, 1.0), (2, 1.0), (3, 3.0))}
 SEARCHES: list[dict[str, Any]] = [
     {"num_beams": 1},
     {"num_beams": 4},
@@ -78,7 +79,7 @@ def mend_search(model: Any) -> None:
 def test_same_answers_as_transformers(family, search, forced, sequence, dtype):
     config = config_of(family)
     lengths = set()
-    for seed, eos_shift in enumerate(EOS_SHIFTS[family]):
+    for seed, eos_shift in MODELS[family]:
         options = {**search, **forced}
         if sequence:
             # an answer of one scored token is judged without its prior there; see the test below
@@ -103,8 +104,8 @@ def test_same_answers_as_transformers(family, search, forced, sequence, dtype):
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_thorough_equals_transformers_as_it_is_where_contexts_have_no_padding(num_beams):
     config = tiny_bart_config()
-    for seed in range(4):
-        model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=seed, eos_shift=5.0)
+    for seed, eos_shift in MODELS["bart"]:
+        model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=seed, eos_shift=eos_shift)
         padded = RagInputs.random(batch_size=3, num_passages=NUM_PASSAGES, pad_token_id=1, seed=seed)
         ids = padded.context_input_ids.masked_fill(padded.context_attention_mask == 0, 7)
         inputs = RagInputs(ids, torch.ones_like(ids), padded.doc_scores)
@@ -117,7 +118,7 @@ def test_thorough_equals_transformers_as_it_is_where_contexts_have_no_padding(nu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_thorough_likelihood_equals_transformers_loss(family):
     config = config_of(family)
-    model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=1, eos_shift=3.0)
+    model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=1, eos_shift=2.0)
     inputs = RagInputs.random(
         batch_size=NUM_QUESTIONS, num_passages=NUM_PASSAGES, pad_token_id=config.pad_token_id, seed=1
     )
@@ -135,7 +136,7 @@ def test_thorough_likelihood_equals_transformers_loss(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_likelihood_equals_transformers_loss(family):
     config = config_of(family)
-    model = hf_rag_model(False, config, num_passages=NUM_PASSAGES, seed=1, eos_shift=3.0)
+    model = hf_rag_model(False, config, num_passages=NUM_PASSAGES, seed=1, eos_shift=2.0)
     inputs = RagInputs.random(
         batch_size=NUM_QUESTIONS, num_passages=NUM_PASSAGES, pad_token_id=config.pad_token_id, seed=1
     )
@@ -150,26 +151,25 @@ def test_token_likelihood_equals_transformers_loss(family):
 
 
 def test_difference_transformers_judges_one_scored_token_without_the_prior():
-    """Passage 0 says the end token at once, and is all but impossible; passage 1 does not, and is all but certain."""
     config = tiny_bart_config()
     differing = 0
-    for seed in range(12):
-        model = hf_rag_model(True, config, num_passages=2, seed=seed, eos_shift=5.0)
+    for seed in (3, 9, 11):
+        model = hf_rag_model(True, config, num_passages=2, seed=seed, eos_shift=3.0)
         mend_search(model)
-        inputs = RagInputs.random(batch_size=3, num_passages=2, pad_token_id=1, seed=seed)
+        inputs = RagInputs.random(batch_size=4, num_passages=2, pad_token_id=1, seed=seed)
         expected = answers(inputs.generate(model, **hf_options({"num_beams": 1})), 1, 2)
         found = answers(ours(model, inputs, DecodingOptions(max_new_tokens=MAX_NEW_TOKENS), True).sequences_BT, 1, 2)
         for theirs, mine in zip(expected, found, strict=True):
             if theirs != mine:
                 differing += 1
                 assert theirs == [2], "only an answer of the end token alone may be preferred there"
-    assert differing > 0
+    assert differing == 3
 
 
 def test_difference_transformers_searches_over_the_padding_of_contexts():
     config = tiny_bart_config()
-    model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=0, eos_shift=2.0)
-    inputs = RagInputs.random(batch_size=4, num_passages=NUM_PASSAGES, pad_token_id=1, seed=0)
+    model = hf_rag_model(True, config, num_passages=NUM_PASSAGES, seed=1, eos_shift=2.0)
+    inputs = RagInputs.random(batch_size=4, num_passages=NUM_PASSAGES, pad_token_id=1, seed=1)
     ids, mask = inputs.context_input_ids, inputs.context_attention_mask
     as_called = model.generator.generate(ids, attention_mask=None, max_length=9, num_beams=1)
     unmasked = model.generator.generate(ids, attention_mask=torch.ones_like(mask), max_length=9, num_beams=1)
@@ -180,8 +180,8 @@ def test_difference_transformers_searches_over_the_padding_of_contexts():
 
 def test_difference_transformers_pads_the_beams_of_t5_with_the_end_token():
     config = tiny_t5_config()
-    model = hf_rag_model(False, config, num_passages=NUM_PASSAGES, seed=0, eos_shift=5.0)
-    inputs = RagInputs.random(batch_size=4, num_passages=NUM_PASSAGES, pad_token_id=0, seed=0)
+    model = hf_rag_model(False, config, num_passages=NUM_PASSAGES, seed=2, eos_shift=2.0)
+    inputs = RagInputs.random(batch_size=4, num_passages=NUM_PASSAGES, pad_token_id=0, seed=2)
     theirs = inputs.generate(model, num_beams=4, max_length=9)
     mine = ours(model, inputs, DecodingOptions(num_beams=4, max_new_tokens=8), False).sequences_BT
     short = (theirs == 1).sum(dim=1) > 1

@@ -1,0 +1,93 @@
+"""``rag-lightning evaluate checkpoint=RUN [data.test=F]``: metrics.json and predictions.jsonl of a finished run."""
+
+import logging
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_of, run_folder
+from rag_lightning.errors import ConfigError, MissingFileError
+from rag_lightning.rag import RagModel
+from rag_lightning.rag_parts import CONFIG_NAME
+from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.module import RagLightningModule, check_shapes
+from rag_lightning.training.objectives import ClosedBook, MarginalObjective, Objective
+from rag_lightning.training.optim import OptimSettings
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> None:
+    """Evaluates as configured."""
+    model, run_config = load_checkpoint(config.checkpoint)
+    apply_overrides(model, config)
+    data = build_data(config, model, run_config)
+    objective = objective_of(model)
+    bind(data, model, objective)
+    module = RagLightningModule(model=model, objective=objective, optim=OptimSettings())
+    trainer = build_trainer(config, config.callbacks)
+    trainer.test(module, datamodule=data, weights_only=True)
+    logger.info("metrics.json and predictions.jsonl are in %s", config.output)
+
+
+def load_checkpoint(checkpoint: str) -> tuple[RagModel, DictConfig | None]:
+    """Returns the model behind a run directory, a Lightning checkpoint or a saved model directory.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        CheckpointError: The checkpoint is of another model.
+    """
+    place = Path(checkpoint)
+    folder = run_folder(checkpoint)
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    assert config is None or isinstance(config, DictConfig)
+    if place.suffix == ".ckpt":
+        if not place.is_file():
+            raise MissingFileError(f"checkpoint: no such file: {place}. Check the path.")
+        if config is None:
+            raise MissingFileError(f"checkpoint: expected {folder / 'config.yaml'} beside the checkpoint, found none")
+        model = build_model(config)
+        weights = torch.load(place, map_location="cpu", weights_only=True)["state_dict"]
+        weights = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        check_shapes(model.state_dict(), weights)
+        model.load_state_dict(weights)
+        return model, config
+    is_model = (place / CONFIG_NAME).is_file()
+    if not is_model and place.is_dir() and not (place / "model").is_dir():
+        raise MissingFileError(
+            f"checkpoint: expected a run folder with model/, a .ckpt file or a model folder, found {place}. "
+            "An interrupted run has no model/ yet: give its checkpoints/last.ckpt, or resume it."
+        )
+    return RagModel.from_pretrained(place if is_model or not place.is_dir() else place / "model"), config
+
+
+def apply_overrides(model: RagModel, config: DictConfig) -> None:
+    """Puts decoding settings and K of the command line in place of the model's own, where given."""
+    model.settings, model.decoding_options = decoding_of(
+        model.settings, model.decoding_options, config.decoding, config.num_passages
+    )
+
+
+def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | None) -> RagDataModule:
+    """Returns the data module: files of the command line, else those that the run used."""
+    test = config.data.test if config.data.test is not None else (run_config.data.test if run_config else None)
+    if test is None:
+        raise ConfigError("data.test: expected a question file, came none, and the checkpoint's run names none")
+    source = model.retriever_source
+    passages, snapshot = config.data.passages, config.data.snapshot
+    if passages is None and source is not None:
+        passages = source.passages
+        snapshot = snapshot if snapshot is not None else source.snapshot
+    elif passages is None and run_config is not None:
+        passages = run_config.data.passages
+    data: RagDataModule = instantiate(config.data, test=test, passages=passages, snapshot=snapshot)
+    return data
+
+
+def objective_of(model: RagModel) -> Objective:
+    """Returns the objective that a model answers by."""
+    if model.settings.num_passages == 0:
+        return ClosedBook()
+    return MarginalObjective(kind=model.settings.objective, hf_compat=model.settings.hf_compat)

@@ -1,0 +1,61 @@
+"""``rag-lightning predict checkpoint=RUN question="…"``: answers with their passages and probabilities."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import track
+
+from rag_lightning.cli.evaluate import apply_overrides, load_checkpoint
+from rag_lightning.corpora.questions import read_questions, write_predictions
+from rag_lightning.errors import ConfigError
+from rag_lightning.corpora.passages import resolve
+from rag_lightning.rag import RagModel
+from rag_lightning.types import Prediction, Question
+
+
+def run(config: DictConfig) -> None:
+    """Answers one question on the screen, or a file of them into a file."""
+    if (config.question is None) == (config.questions is None):
+        raise ConfigError('predict: expected question="…" or questions=FILE, one of them')
+    model, _ = load_checkpoint(config.checkpoint)
+    apply_overrides(model, config)
+    model.to(torch.device(config.device)).eval()
+    questions = _questions(config)
+    predictions = _answer(model, questions, config.batch_size)
+    if config.output is not None:
+        write_predictions(Path(config.output), predictions)
+        Console().print(f"{len(predictions)} predictions written to {config.output}")
+        return
+    for question, prediction in zip(questions, predictions, strict=True):
+        show(prediction, question)
+
+
+def _questions(config: DictConfig) -> list[Question]:
+    if config.question is not None:
+        return [Question("question", str(config.question), ())]
+    return read_questions(resolve(config.questions))[: config.limit]
+
+
+def _answer(model: RagModel, questions: list[Question], batch_size: int) -> list[Prediction]:
+    predictions: list[Prediction] = []
+    starts = range(0, len(questions), batch_size)
+    for start in track(starts, description="answering", transient=True, disable=len(starts) < 2):
+        predictions += model.generate(questions[start : start + batch_size], batch_size=batch_size)
+    return predictions
+
+
+def show(prediction: Prediction, question: Question) -> None:
+    """Prints an answer, and its passages with prior and posterior."""
+    console = Console(highlight=False)
+    console.print(f"\n[bold]{prediction.question}[/bold]")
+    gold = f"   (accepted: {', '.join(question.answers)})" if question.answers else ""
+    console.print(f"  answer: [bold]{prediction.answer}[/bold]   log p(y|x) = {prediction.log_likelihood:.2f}{gold}")
+    for passage in prediction.passages:
+        console.print(
+            f"  p(z|x) {passage.probability:5.1%}   p(z|x,y) {passage.posterior:5.1%}   "
+            f"{passage.title}: {passage.text[:90]}{'…' if len(passage.text) > 90 else ''}",
+            markup=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,1 @@
+"""Reports: what several runs measured, collected into one table."""

@@ -1,0 +1,41 @@
+"""Tables for the screen and for Markdown."""
+
+from typing import Any
+
+from rich.table import Table
+
+from rag_lightning.reports.collect import RECALLS, summary
+
+HEADINGS = ("run", "EM %", "F1 %", "recall@1 %", "recall@5 %", "seconds")
+
+
+def rows(runs: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Returns the cells of the short table; a dash where a run measures nothing.
+
+    >>> rows({"closed_book": {"exact_match": 0.125, "f1": 0.25, "seconds": 9.5}})
+    [('closed_book', '12.5', '25.0', '–', '–', '10')]
+    """
+    table = []
+    for name, metrics in runs.items():
+        figures = summary(metrics)
+        shares = [
+            f"{100 * figures[key]:.1f}" if key in metrics else "–" for key in ("exact_match", "f1", *RECALLS)
+        ]
+        table.append((name, *shares, f"{figures['seconds']:.0f}"))
+    return table
+
+
+def screen_table(runs: dict[str, dict[str, Any]], title: str) -> Table:
+    """Returns the short table for a terminal."""
+    table = Table(title=title)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for row in rows(runs):
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(runs: dict[str, dict[str, Any]]) -> str:
+    """Returns the short table as Markdown."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows(runs)])
