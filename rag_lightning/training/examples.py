@@ -7,6 +7,7 @@ examples as an uninterrupted one.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
+from rag_lightning.text.normalise import contains_answer
 from rag_lightning.types import Passage, Question, QuestionBatch
 
 ExampleKind = Literal["questions", "gold_passages", "inverse_cloze", "denoising"]
@@ -90,12 +92,16 @@ class QuestionExamples:
     def draw(self, position: int, rng: random.Random) -> Example:
         """Returns the question with an answer and, if asked, a gold passage."""
         question = self.questions[position]
-        answers = question.answers
-        answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
-        row = -1
+        answers: Sequence[str] = question.answers
+        row, passage = -1, None
         if self.corpus is not None and question.positive_passage_ids:
             row = self.corpus.row_of(rng.choice(question.positive_passage_ids))
-        passage = self.corpus[row] if self.with_passage and self.corpus is not None else None
+        if self.with_passage and self.corpus is not None:
+            passage = self.corpus[row]
+            # with several gold passages, each may hold another of the answers: train on one that can be read there
+            held = [answer for answer in answers if contains_answer(f"{passage.title} {passage.text}", [answer])]
+            answers = held if held else answers
+        answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
         return Example(question, answer, row, passage)
 
 
@@ -134,7 +140,8 @@ class DenoisingExamples:
         corpus: The passages.
         rename_share: Share of renamed questions among the questions.
         copy_share: Share of span examples among all.
-        rare_count: A word is rare when it occurs at most this often in the corpus.
+        rare_count: A word is rare when it occurs at most this often in passages and questions together, so that the
+            words that ask (who, when) keep their meaning.
         mask: The hole's sign.
     """
 
@@ -156,7 +163,8 @@ class DenoisingExamples:
         self.rename_share = rename_share
         self.copy_share = copy_share
         self.mask = mask
-        self.pool = rare_words((f"{passage.title} {passage.text}" for passage in corpus), rare_count)
+        texts = (f"{passage.title} {passage.text}" for passage in corpus)
+        self.pool = rare_words(chain(texts, (question.question for question in questions)), rare_count)
         self._rare = frozenset(self.pool)
 
     def __len__(self) -> int:
@@ -172,9 +180,9 @@ class DenoisingExamples:
     def _copied(self, rng: random.Random) -> Example:
         row = rng.randrange(len(self.corpus))
         passage = self.corpus[row]
-        question, answer = span_copy(passage, rng, mask=self.mask)
         if rng.random() < self.rename_share:
-            passage, question, answer = self._rename(passage, question, answer, rng)
+            passage, _, _ = self._rename(passage, "", "", rng)  # before the hole is cut: its sign is no word
+        question, answer = span_copy(passage, rng, mask=self.mask)
         return Example(Question(f"span-{passage.id}", question, (answer,)), answer, row, passage)
 
     def _renamed(self, example: Example, rng: random.Random) -> Example:

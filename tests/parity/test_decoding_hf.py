@@ -73,17 +73,12 @@ def mend_search(model: Any) -> None:
     model.generator.generate = generate
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("sequence", [False, True], ids=["rag_token", "rag_sequence"])
-@pytest.mark.parametrize(("family", "search", "forced"), CASES)
-def test_same_answers_as_transformers(family, search, forced, sequence, dtype):
+def assert_same_answers(
+    family: Family, options: dict[str, Any], sequence: bool, dtype: torch.dtype = torch.float64
+) -> None:
     config = config_of(family)
     lengths = set()
     for seed, eos_shift in MODELS[family]:
-        options = {**search, **forced}
-        if sequence:
-            # an answer of one scored token is judged without its prior there; see the test below
-            options["min_new_tokens"] = max(options.get("min_new_tokens", 0), 1 + ("forced_bos_token_id" in forced))
         model = hf_rag_model(sequence, config, num_passages=NUM_PASSAGES, seed=seed, eos_shift=eos_shift, dtype=dtype)
         if sequence:
             mend_search(model)
@@ -99,6 +94,24 @@ def test_same_answers_as_transformers(family, search, forced, sequence, dtype):
         assert answers(decoded.sequences_BT, config.pad_token_id, config.eos_token_id) == expected
         lengths |= {len(tokens) for tokens in expected}
     assert len(lengths) > 1, "the case must have answers of several lengths"
+
+
+@pytest.mark.parametrize(("family", "search", "forced"), CASES)
+def test_rag_token_equals_transformers(family, search, forced):
+    assert_same_answers(family, {**search, **forced}, sequence=False)
+
+
+@pytest.mark.parametrize(("family", "search", "forced"), CASES)
+def test_rag_sequence_thorough_equals_transformers(family, search, forced):
+    # an answer of one scored token is judged without its prior there; see the test of that difference
+    min_new_tokens = max(search.get("min_new_tokens", 0), 1 + ("forced_bos_token_id" in forced))
+    assert_same_answers(family, {**search, **forced, "min_new_tokens": min_new_tokens}, sequence=True)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["rag_token", "rag_sequence"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_precision_gives_the_same_answers_too(family, sequence):
+    assert_same_answers(family, {"num_beams": 4, "min_new_tokens": 1}, sequence, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
