@@ -50,7 +50,6 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
 
 
-
 @dataclass(frozen=True)
 class Marginal(TensorRecord):
     """What the marginal says of a batch.
@@ -270,9 +269,7 @@ class RagModel(nn.Module):
         if decoding in ("rag_sequence_fast", "rag_sequence_thorough"):
             thorough = decoding == "rag_sequence_thorough"
             return decode_rag_sequence(self.generator, encoded, prior_BK, options, thorough=thorough)
-        raise ConfigError(
-            f"expected decoding rag_token, rag_sequence_fast or rag_sequence_thorough, got {decoding!r}"
-        )
+        raise ConfigError(f"expected decoding rag_token, rag_sequence_fast or rag_sequence_thorough, got {decoding!r}")
 
     def answers(self, decoded: Decoded) -> list[str]:
         """Returns the texts of decoded answers."""
@@ -305,7 +302,7 @@ class RagModel(nn.Module):
             ConfigError: No retriever is given and none was saved, or K is larger than the corpus.
         """
         records = [
-            question if isinstance(question, Question) else Question(str(number), question, ())
+            question if isinstance(question, Question) else Question(str(number), str(question), ())
             for number, question in enumerate(questions)
         ]
         if self.settings.num_passages > 0 and retriever is None:
@@ -315,7 +312,7 @@ class RagModel(nn.Module):
             tokenizer=self._generator_tokenizer(),
             prompt=self.prompt,
         )
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}  # frozen parts may stand otherwise than the rest
         self.eval()
         try:
             predictions: list[Prediction] = []
@@ -324,7 +321,8 @@ class RagModel(nn.Module):
                 predictions += self._answer_batch(batch, retriever, assembler, decoding, num_passages, options)
             return predictions
         finally:
-            self.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
 
     def _answer_batch(
         self,
@@ -372,9 +370,7 @@ class RagModel(nn.Module):
                 score, prior, posterior = (
                     float(values[row, place]) for values in (scores_BK, prior_BK.exp(), posterior_BK.exp())
                 )
-                passages.append(
-                    RetrievedPassage(passage.id, passage.title, passage.text, score, prior, posterior)
-                )
+                passages.append(RetrievedPassage(passage.id, passage.title, passage.text, score, prior, posterior))
             likelihood = float(decoded.log_likelihood_B[row])
             results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages)))
         return results
@@ -440,16 +436,20 @@ class RagModel(nn.Module):
     def from_pretrained(cls, source: str | Path) -> "RagModel":
         """Loads a model that this package saved, or a published RAG checkpoint such as ``facebook/rag-token-nq``.
 
+        It comes in evaluation mode, as transformers' models do: call ``train()`` to train it.
+
         Args:
             source: A folder, a ``bundled:`` folder, or a hub id.
 
         Raises:
             CheckpointError: The folder is of neither layout, or of a newer format.
         """
-        return cls.from_parts(load_parts(source))
+        return cls.from_parts(load_parts(source)).eval()
 
     @classmethod
-    def from_hf_rag(cls, hf_model: Any, *, question_tokenizer: Any = None, generator_tokenizer: Any = None) -> "RagModel":
+    def from_hf_rag(
+        cls, hf_model: Any, *, question_tokenizer: Any = None, generator_tokenizer: Any = None
+    ) -> "RagModel":
         """Wraps a transformers ``RagTokenForGeneration`` or ``RagSequenceForGeneration``; shares its weights.
 
         Args:
@@ -460,4 +460,5 @@ class RagModel(nn.Module):
         Raises:
             CheckpointError: The question encoder is not DPR's.
         """
-        return cls.from_parts(parts_of_hf_rag(hf_model, question_tokenizer, generator_tokenizer))
+        model = cls.from_parts(parts_of_hf_rag(hf_model, question_tokenizer, generator_tokenizer))
+        return model.train(hf_model.training)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, RagSequenceForGeneration, RagTokenForGeneration
 
 from rag_lightning.corpora.passages import resolve
@@ -116,9 +117,7 @@ def save_parts(parts: RagParts, directory: Path) -> None:
     with atomic_directory(directory, replace=True) as part:
         if parts.encoder is not None:
             parts.encoder.save(part / "encoder")
-        parts.generator.model.save_pretrained(part / "generator")
-        if parts.generator.tokenizer is not None:
-            parts.generator.tokenizer.save_pretrained(part / "generator")
+        parts.generator.save(part / "generator")
         write_json(part / CONFIG_NAME, config)
 
 
@@ -141,7 +140,7 @@ def load_parts(source: str | Path) -> RagParts:
     retriever = config["retriever"]
     return RagParts(
         encoder=BiEncoder.load(place / "encoder", config["encoder"]) if config["encoder"] is not None else None,
-        generator=Seq2SeqGenerator.from_source(str(place / "generator")),
+        generator=Seq2SeqGenerator.load(place / "generator"),
         prompt=Prompt(**config["prompt"]),
         settings=RagSettings(**config["settings"]),
         decoding_options=DecodingOptions(**config["decoding_options"]),
@@ -158,15 +157,22 @@ def _load_published(source: str, place: Path) -> RagParts:
             f"{place}: expected {CONFIG_NAME} (a model saved by this package) or config.json (a published RAG "
             f"checkpoint), found {sorted(entry.name for entry in place.iterdir())[:8]}. Give the model folder of a run."
         )
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source}: expected a saved model's folder or a hub id, but no configuration could be read: {reason}. "
+            "Check the name and the network."
+        ) from error
     if config.model_type != "rag":
         raise CheckpointError(f"{source}: expected model type 'rag', came {config.model_type!r}: not a RAG checkpoint")
     sequence = "RagSequenceForGeneration" in (config.architectures or [])
     model_class = RagSequenceForGeneration if sequence else RagTokenForGeneration
     return parts_of_hf_rag(
-        model_class.from_pretrained(source),
-        load_tokenizer(source, subfolder="question_encoder_tokenizer"),
-        load_tokenizer(source, subfolder="generator_tokenizer"),
+        model_class.from_pretrained(source, dtype=torch.float32),
+        load_tokenizer(source, "question_encoder_tokenizer", config.question_encoder),
+        load_tokenizer(source, "generator_tokenizer", config.generator),
     )
 
 

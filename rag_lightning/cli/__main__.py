@@ -1,6 +1,7 @@
 """``rag-lightning COMMAND [key=value …]``; ``python -m rag_lightning`` is the same."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -16,6 +17,9 @@ INDEX_ACTIONS = ("build", "verify", "info")
 def main() -> None:
     """Runs the command named first on the command line."""
     arguments = sys.argv[1:]
+    parent = os.environ.get("RAG_LIGHTNING_COMMAND")
+    if parent is not None and "LOCAL_RANK" in os.environ and arguments[:1] != [parent]:
+        arguments = [parent, *arguments]  # started by Lightning (trainer=ddp), which passes Hydra's settings alone
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rag-lightning COMMAND [key=value …]\n")
         for name, purpose in COMMANDS.items():
@@ -28,10 +32,24 @@ def main() -> None:
     rest = arguments[1:]
     if command == "index" and rest and rest[0] in INDEX_ACTIONS:
         rest = [f"action={rest[0]}", *rest[1:]]
+    rest = [quoted(argument) for argument in rest]
     from rag_lightning.cli.hydra_app import run_app
 
     module = importlib.import_module(f"rag_lightning.cli.{command}")
     run_app(command, module.run, rest)
+
+
+def quoted(argument: str) -> str:
+    """Returns ``question=…`` with its text in quotes, so that commas and apostrophes are no syntax.
+
+    >>> print(quoted("question=who wrote Alice, and Bob's film?"))
+    question="who wrote Alice, and Bob's film?"
+    """
+    key, _, text = argument.partition("=")
+    if key != "question" or text in ("", "null") or (text[0] in "'\"" and text[-1] == text[0]):
+        return argument
+    escaped = text.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 if __name__ == "__main__":

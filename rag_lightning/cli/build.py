@@ -1,11 +1,12 @@
 """From a composed configuration to objects: the one place where configuration ends and constructors begin."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
+from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,8 +18,14 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import Objective
+from rag_lightning.training.tracking import TrackingCallback
 
 DEFAULT_DECODING: dict[str, DecodingMode] = {"rag_token": "rag_token", "rag_sequence": "rag_sequence_thorough"}
+
+
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """Calls the constructor that a configuration node names; it gets plain values, never Hydra's containers."""
+    return hydra_instantiate(node, **arguments, _convert_="all")
 
 
 def build_model(config: DictConfig) -> RagModel:
@@ -64,10 +71,15 @@ def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
 def build_trainer(config: DictConfig, callbacks: DictConfig | None) -> L.Trainer:
     """Builds the trainer with its logger and callbacks; batches are divided among processes by our loader."""
     chosen = [instantiate(entry) for entry in (callbacks or {}).values() if entry is not None]
+    chosen.append(TrackingCallback(config=recordable(config)))
     if not config.trainer.enable_progress_bar:
         chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
     logger = instantiate(config.logger) if config.get("logger") is not None else False
-    return instantiate(config.trainer, callbacks=chosen, logger=logger, use_distributed_sampler=False)
+    fixed: dict[str, Any] = {"callbacks": chosen, "logger": logger, "use_distributed_sampler": False}
+    if config.data.validation is None:
+        fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
+    trainer: L.Trainer = instantiate(config.trainer, **fixed)
+    return trainer
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -76,6 +88,40 @@ def plain(config: Any) -> dict[str, Any]:
     if not isinstance(container, dict):
         raise ConfigError(f"expected a mapping, got {container!r}")
     return {str(key): value for key, value in container.items()}
+
+
+def recordable(config: DictConfig) -> dict[str, Any]:
+    """Returns a configuration with everything resolved, except what is read from the process's environment.
+
+    Such a value stays as it was written (``${oc.env:NAME}``), so that no run folder and no logger learns it.
+
+    >>> recordable(OmegaConf.create({"home": "${oc.env:HOME}", "cache": "${home}/cache", "k": 5, "twice": "${k}"}))
+    {'home': '${oc.env:HOME}', 'cache': '${oc.env:HOME}/cache', 'k': 5, 'twice': 5}
+    """
+    kept: dict[str, str] = {}
+
+    def hide(text: str) -> str:
+        if "${oc.env:" not in text:
+            return text
+        kept[f"<environment {len(kept)}>"] = text
+        return f"<environment {len(kept) - 1}>"
+
+    def show(text: str) -> str:
+        for mark, original in kept.items():
+            text = text.replace(mark, original)
+        return text
+
+    hidden = _map_strings(OmegaConf.to_container(config, resolve=False), hide)
+    shown: dict[str, Any] = _map_strings(plain(OmegaConf.create(hidden)), show)
+    return shown
+
+
+def _map_strings(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _map_strings(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_map_strings(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
 
 
 def run_folder(checkpoint: str) -> Path:

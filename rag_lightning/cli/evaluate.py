@@ -4,10 +4,9 @@ import logging
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_of, run_folder
+from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_of, instantiate, run_folder
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME

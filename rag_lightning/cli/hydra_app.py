@@ -2,17 +2,20 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from rag_lightning.errors import RagError
 
 INSTALLED_CONF = Path(__file__).parents[1] / "conf"
+MAX_FOLDER_BYTES = 200
+COMMAND_VARIABLE = "RAG_LIGHTNING_COMMAND"  # tells the processes that Lightning starts which command they belong to
 CHECKOUT_CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -21,11 +24,52 @@ def conf_dir() -> Path:
     return INSTALLED_CONF if INSTALLED_CONF.is_dir() else CHECKOUT_CONF
 
 
-def register_resolvers() -> None:
-    """Makes ``${run_dir:resume,default}`` known: the run's own folder when resuming, else the default."""
-    OmegaConf.register_new_resolver(
-        "run_dir", lambda resume, default: default if resume in (None, "None", "null") else str(resume), replace=True
-    )
+def register_resolvers(swept: Collection[str] = ()) -> None:
+    """Makes the resolvers of ``conf/`` known.
+
+    ``${run_dir:resume,default}`` is the run's own folder when resuming, else the default; ``${basename:a/b}`` is
+    ``b``; ``${sweep_folder:overrides,number}`` names the folder of a sweep's job, see :func:`sweep_folder`.
+
+    Args:
+        swept: The settings that a sweep varies.
+    """
+    resolvers: dict[str, Callable[..., str]] = {
+        "run_dir": lambda resume, default: default if resume in (None, "None", "null") else str(resume),
+        "basename": lambda path: str(path).rsplit("/", 1)[-1],
+        "sweep_folder": lambda overrides, number: sweep_folder(overrides, number, swept),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def swept_settings(arguments: Sequence[str]) -> list[str]:
+    """Returns the settings to which the command line gives several values.
+
+    >>> swept_settings(["-m", "seed=0,1", "run_name=x", "optim.lr_generator=1e-3,1e-4"])
+    ['seed', 'optim.lr_generator']
+    """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:  # Hydra will say what is wrong with it
+        return []
+    return [override.key_or_group for override in parsed if override.is_sweep_override()]
+
+
+def sweep_folder(overrides: Sequence[str], number: int, swept: Collection[str]) -> str:
+    """Returns the name of a job's folder: what the sweep varies, or the job's number where that is not known.
+
+    Args:
+        overrides: The job's settings.
+        number: The job.
+        swept: The settings that the sweep varies.
+
+    >>> sweep_folder(["encoder=minilm", "objective=rag_token", "seed=1"], 3, ["objective", "seed"])
+    'objective=rag_token,seed=1'
+    """
+    varied = [text for text in overrides if text.split("=")[0].lstrip("+~") in swept]
+    name = ",".join(varied).replace("/", "-")
+    return name if 0 < len(name.encode()) <= MAX_FOLDER_BYTES else str(number)
 
 
 def run_app(name: str, task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
@@ -36,8 +80,9 @@ def run_app(name: str, task: Callable[[DictConfig], Any], arguments: list[str]) 
         task: Takes the composed configuration; its return value goes to a sweeper.
         arguments: What stood behind the command.
     """
-    register_resolvers()
-    sys.argv = [f"rag-lightning {name}", *arguments]
+    register_resolvers(swept_settings(arguments))
+    sys.argv = [sys.argv[0], *arguments]  # the program stays: Lightning starts further processes by it
+    os.environ[COMMAND_VARIABLE] = name
 
     def job(config: DictConfig) -> Any:
         return speaking(task, config)
@@ -52,10 +97,21 @@ def speaking(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     """
     try:
         return task(config)
-    except (RagError, InstantiationException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, RagError):
-            cause = cause.__cause__
-        if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except (RagError, InstantiationException, MissingMandatoryValue) as error:
+        message = _message(error)
+        if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {message}")
+
+
+def _message(error: BaseException) -> str | None:
+    """Returns what to tell people: the message of the first error on purpose among an error and its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MissingMandatoryValue):
+            name = getattr(cause, "full_key", None)
+            return f"{name}: expected a value, came none. Give one: {name}=…"
+        if isinstance(cause, RagError):
+            return str(cause)
+        cause = cause.__cause__
+    return None

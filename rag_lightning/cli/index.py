@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from rag_lightning.cli.build import instantiate
 from rag_lightning.cli.evaluate import load_checkpoint
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.encoders.bi_encoder import BiEncoder
@@ -27,7 +27,10 @@ def run(config: DictConfig) -> None:
 
 
 def _encoder(config: DictConfig) -> BiEncoder:
-    encoder = load_checkpoint(config.checkpoint)[0].encoder if config.checkpoint is not None else instantiate(config.encoder)
+    if config.checkpoint is not None:
+        encoder = load_checkpoint(config.checkpoint)[0].encoder
+    else:
+        encoder = instantiate(config.encoder)
     if encoder is None:
         raise ConfigError(f"{config.checkpoint}: a closed-book model has no encoder to build an index with")
     assert isinstance(encoder, BiEncoder)
@@ -57,7 +60,7 @@ def _build(config: DictConfig) -> None:
         factory=config.index.factory,
         metric=config.metric,
     )
-    Console().print(f"snapshot of {len(corpus)} passages: {snapshot.path}", soft_wrap=True)
+    Console().print(f"snapshot of {len(corpus)} passages: {snapshot.path}", markup=False, soft_wrap=True)
 
 
 def _verify(config: DictConfig) -> None:
@@ -67,7 +70,7 @@ def _verify(config: DictConfig) -> None:
     encoder_hash = _encoder(config).passage_hash() if config.checkpoint is not None else None
     snapshot = open_snapshot(Path(config.snapshot), encoder_hash=encoder_hash, corpus_hash=corpus_hash)
     checked = ["checksums", *(["encoder"] if encoder_hash else []), *(["corpus"] if corpus_hash else [])]
-    Console().print(f"{snapshot.id}: {', '.join(checked)} verified", soft_wrap=True)
+    Console().print(f"{snapshot.id}: {', '.join(checked)} verified", markup=False, soft_wrap=True)
 
 
 def _info(config: DictConfig) -> None:

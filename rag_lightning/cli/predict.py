@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from rag_lightning.cli.evaluate import apply_overrides, load_checkpoint
+from rag_lightning.corpora.passages import resolve
 from rag_lightning.corpora.questions import read_questions, write_predictions
 from rag_lightning.errors import ConfigError
-from rag_lightning.corpora.passages import resolve
 from rag_lightning.rag import RagModel
 from rag_lightning.types import Prediction, Question
 
@@ -26,7 +27,7 @@ def run(config: DictConfig) -> None:
     predictions = _answer(model, questions, config.batch_size)
     if config.output is not None:
         write_predictions(Path(config.output), predictions)
-        Console().print(f"{len(predictions)} predictions written to {config.output}")
+        Console().print(f"{len(predictions)} predictions written to {config.output}", markup=False, soft_wrap=True)
         return
     for question, prediction in zip(questions, predictions, strict=True):
         show(prediction, question)
@@ -49,9 +50,12 @@ def _answer(model: RagModel, questions: list[Question], batch_size: int) -> list
 def show(prediction: Prediction, question: Question) -> None:
     """Prints an answer, and its passages with prior and posterior."""
     console = Console(highlight=False)
-    console.print(f"\n[bold]{prediction.question}[/bold]")
+    console.print(f"\n[bold]{escape(prediction.question)}[/bold]", soft_wrap=True)
     gold = f"   (accepted: {', '.join(question.answers)})" if question.answers else ""
-    console.print(f"  answer: [bold]{prediction.answer}[/bold]   log p(y|x) = {prediction.log_likelihood:.2f}{gold}")
+    console.print(
+        f"  answer: [bold]{escape(prediction.answer)}[/bold]   log p(y|x) = {prediction.log_likelihood:.2f}{escape(gold)}",
+        soft_wrap=True,
+    )
     for passage in prediction.passages:
         console.print(
             f"  p(z|x) {passage.probability:5.1%}   p(z|x,y) {passage.posterior:5.1%}   "

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.cli.build import build_run, build_trainer
+from rag_lightning.cli.build import build_run, build_trainer, recordable
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag_parts import RetrieverSource
 from rag_lightning.training.datamodule import RagDataModule
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> float | None:
     config, checkpoint = _resumed(config) if config.resume is not None else (config, None)
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / CONFIG_NAME, resolve=True)
+    OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
         torch.set_float32_matmul_precision(config.matmul_precision)
@@ -50,9 +50,8 @@ def save_model(module: RagLightningModule, data: RagDataModule, folder: Path) ->
     """Writes ``model/`` with the index that it was tested with."""
     model = module.model
     if data.retriever is not None and data.passages is not None:
-        model.retriever_source = RetrieverSource(data.passages, str(data.retriever.snapshot.path.absolute()))
-        if not data.passages.startswith("bundled:"):
-            model.retriever_source = RetrieverSource(str(Path(data.passages).absolute()), model.retriever_source.snapshot)
+        passages = data.passages if data.passages.startswith("bundled:") else str(Path(data.passages).absolute())
+        model.retriever_source = RetrieverSource(passages, str(data.retriever.snapshot.path.absolute()))
     model.save_pretrained(folder / "model")
     logger.info("model saved to %s", folder / "model")
 
@@ -84,7 +83,7 @@ def _best(trainer: L.Trainer) -> str | None:
     """Returns the best checkpoint where validation chose one; None keeps the weights of the last step."""
     callback = trainer.checkpoint_callback
     if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
-        return callback.best_model_path
+        return str(callback.best_model_path)
     return None
 
 

@@ -53,6 +53,32 @@ def inverse_cloze(passage: Passage, rng: random.Random, keep_probability: float 
     return sentences[chosen], " ".join(rest)
 
 
+def span_repeat(
+    passage: Passage, rng: random.Random, *, min_words: int = 2, max_words: int = 8
+) -> tuple[str, str]:
+    """Returns consecutive words of the passage as question, and the same words as answer: the plainest copying.
+
+    A reader learns to copy from it before it learns what to copy; :func:`span_copy` asks for both at once and takes
+    several times as many steps to start.
+
+    Raises:
+        ConfigError: Limits below 1 or in the wrong order.
+        DataError: The passage has no word.
+
+    >>> span_repeat(Passage(id="1", title="Kismet", text="A film."), random.Random(0))
+    ('Kismet A film.', 'Kismet A film.')
+    """
+    if not 1 <= min_words <= max_words:
+        raise ConfigError(f"span repeat: expected 1 <= min_words <= max_words, came {min_words} and {max_words}.")
+    words = f"{passage.title} {passage.text}".split()
+    if not words:
+        raise DataError(f"span repeat: expected a passage with words, came passage {passage.id!r}, which is empty.")
+    length = min(rng.randint(min_words, max_words), len(words))
+    start = rng.randrange(len(words) - length + 1)
+    span = " ".join(words[start : start + length])
+    return span, span
+
+
 def span_copy(
     passage: Passage,
     rng: random.Random,
@@ -155,8 +181,8 @@ def substitute_entities(
     return passage_text, question, answers
 
 
-def rare_words(texts: Iterable[str], max_count: int) -> list[str]:
-    """Returns the words, in lower case and sorted, that occur at most ``max_count`` times in the texts.
+def rare_words(texts: Iterable[str], max_count: int, min_count: int = 1) -> list[str]:
+    """Returns the words, in lower case and sorted, that occur ``min_count`` to ``max_count`` times in the texts.
 
     Raises:
         ConfigError: ``max_count`` is below 1.
@@ -167,7 +193,7 @@ def rare_words(texts: Iterable[str], max_count: int) -> list[str]:
     if max_count < 1:
         raise ConfigError(f"rare words: expected max_count of at least 1, came {max_count}. Raise it.")
     counts = Counter(word.lower() for text in texts for word in _WORD.findall(text))
-    return sorted(word for word, count in counts.items() if count <= max_count)
+    return sorted(word for word, count in counts.items() if min_count <= count <= max_count)
 
 
 def _salient_spans(words: Sequence[str], max_span_words: int) -> list[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 Inputs: S independent searches, each over the mixture ``log Σ_k w_k p(y_t | x, z_k, y_<t)`` of its K passages.
 RAG-Token is S = B questions with K passages weighted by the prior; RAG-Sequence is S = B·K searches over one
-passage each. Greedy search is the case of one beam that stops at its first end token.
+passage each. Greedy search is the case of one beam: when its likeliest token is the end token, the other candidate
+is less likely at the same length, so that the search stops there.
 
 The conventions are transformers' (version 5): ``2 · num_beams`` candidates at each step, of which only the first
 ``num_beams`` may finish; finished hypotheses compete by length-normalised score; see
@@ -67,7 +68,6 @@ def beam_search(
         Finished hypotheses with length-normalised scores and unnormalised log-probabilities; empty slots hold
         ``-inf`` in both and a bare start token.
     """
-    greedy = options.num_beams == 1
     state = generator.start(encoded)
     running = _first_hypotheses(generator, weights_SK, options)
     finished = _no_hypotheses(running, options.num_beams)
@@ -82,12 +82,10 @@ def beam_search(
         ended_SC = ended_SC | (length == options.max_new_tokens)
         finished = _finish(finished, candidates, ended_SC & open_S[:, None], length, options)
         running, picks_SR = _keep_running(candidates, ended_SC, options.num_beams)
-        open_S = open_S & _may_improve(
-            running, finished, length, options, stop_when_full=options.early_stopping or greedy
-        )
+        open_S = open_S & _may_improve(running, finished, length, options)
         if length == options.max_new_tokens or not bool(open_S.any()):
             break
-        if not greedy:
+        if options.num_beams > 1:
             state = generator.reorder(state, _rows(parents_SC.gather(1, picks_SR), weights_SK.shape[1], length))
     return _without_leftovers(finished, generator.pad_token_id)
 
@@ -172,14 +170,12 @@ def _keep_running(
     return Hypotheses(kept.sequences_SRT, scores_SR, kept.log_probs_SR), picks_SR
 
 
-def _may_improve(
-    running: Hypotheses, finished: Hypotheses, length: int, options: DecodingOptions, stop_when_full: bool
-) -> Bool[Tensor, "S"]:
+def _may_improve(running: Hypotheses, finished: Hypotheses, length: int, options: DecodingOptions) -> Bool[Tensor, "S"]:
     """Returns whether a search should go on; an empty slot counts as a finished hypothesis of score ``-inf``."""
     worst_finished_S = finished.scores_SR.amin(dim=1)
     best_open_S = running.scores_SR[:, 0] / length**options.length_penalty
     may_improve_S: Tensor = best_open_S > worst_finished_S
-    return may_improve_S & (worst_finished_S == -torch.inf) if stop_when_full else may_improve_S
+    return may_improve_S & (worst_finished_S == -torch.inf) if options.early_stopping else may_improve_S
 
 
 def _rows(parents_SR: Int[Tensor, "S R"], num_passages: int, length: int) -> Int[Tensor, "N"]:

@@ -23,10 +23,11 @@ from transformers import (
 from rag_lightning.corpora.places import model_place
 from rag_lightning.encoders import word_embeddings  # noqa: F401 (registers the model type with AutoModel)
 from rag_lightning.encoders.pooling import check_pooling, pool_cls, pool_mean, unit_length
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.hashing import hash_tensors
+
 
 class Tower(nn.Module):
     """One encoder with its pooling.
@@ -48,6 +49,8 @@ class Tower(nn.Module):
     ) -> None:
         super().__init__()
         check_pooling(pooling)
+        if backbone.config.model_type == "dpr" and pooling != "dpr_pooler":
+            raise ConfigError(f"a DPR encoder returns only its pooler output: set pooling=dpr_pooler, got {pooling!r}")
         if pooling != "dpr_pooler" and getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # its output is not used; idle parameters would stall distributed training
         self.backbone = backbone
@@ -171,7 +174,7 @@ class BiEncoder(nn.Module):
         place = model_place(source)
 
         def tower(where: str, role: str) -> Tower:
-            backbone = _load_backbone(where, role)
+            backbone = _load_backbone(where, role, pooling)
             return Tower(backbone=backbone, pooling=pooling, projection_dim=projection_dim, normalise=normalise)
 
         query = tower(place, "query")
@@ -257,7 +260,7 @@ class BiEncoder(nn.Module):
         """
         if self.passage is None:
             raise ConfigError(
-                "this encoder has no passage tower (published RAG checkpoints carry none): give encoder.passage_source, "
+                "this encoder has no passage tower (published RAG checkpoints have none): give encoder.passage_source, "
                 "for instance facebook/dpr-ctx_encoder-single-nq-base, to encode passages"
             )
         return self.passage
@@ -288,24 +291,41 @@ class BiEncoder(nn.Module):
     def load(cls, directory: Path, settings: dict[str, Any]) -> "BiEncoder":
         """Reads what :meth:`save` wrote."""
         settings = dict(settings)
-        has_passage_tower = settings.pop("has_passage_tower")
-        separate = has_passage_tower and not settings["shared"]
-        encoder = cls.from_source(
-            source=str(directory / "query"),
-            passage_source=str(directory / "passage") if separate else None,
-            tokenizer=str(directory / "tokenizer"),
-            **settings,
-        )
-        encoder.query.load_projection(directory / "query")
-        if separate:
-            encoder.passage_tower().load_projection(directory / "passage")
-        if not has_passage_tower:
-            encoder.passage = None
-        return encoder
+        shared, has_passage_tower = settings.pop("shared"), settings.pop("has_passage_tower")
+        of_tower = {name: settings.pop(name) for name in ("pooling", "projection_dim", "normalise")}
+
+        def tower(role: str) -> Tower:
+            backbone = _load_backbone(model_place(str(directory / role)), role, of_tower["pooling"])
+            loaded = Tower(backbone=backbone, **of_tower)
+            loaded.load_projection(directory / role)
+            return loaded
+
+        query = tower("query")
+        passage = (query if shared else tower("passage")) if has_passage_tower else None
+        has_tokenizer = (directory / "tokenizer").is_dir()
+        tokenizer = load_tokenizer(directory / "tokenizer") if has_tokenizer else None
+        return cls(query=query, passage=passage, tokenizer=tokenizer, **settings)
 
 
-def _load_backbone(place: str, role: str) -> PreTrainedModel:
+def _load_backbone(place: str, role: str, pooling: str) -> PreTrainedModel:
+    """Loads one tower's encoder; a weight that the checkpoint lacks would stay random without a word.
+
+    Raises:
+        CheckpointError: The checkpoint lacks weights, for instance a DPR question encoder asked for as passage tower.
+    """
     config = AutoConfig.from_pretrained(place)
-    if config.model_type == "dpr":
-        return (DPRQuestionEncoder if role == "query" else DPRContextEncoder).from_pretrained(place, dtype=torch.float32)
-    return AutoModel.from_pretrained(place, dtype=torch.float32)
+    of_dpr = DPRQuestionEncoder if role == "query" else DPRContextEncoder
+    loader = of_dpr if config.model_type == "dpr" else AutoModel
+    backbone, report = loader.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    weights = {name for name, _ in backbone.named_parameters()}
+    if pooling != "dpr_pooler":
+        weights = {name for name in weights if not name.startswith("pooler.")}  # dropped by the tower
+    missing = sorted(weights & set(report["missing_keys"]))
+    if missing:
+        found = ", ".join(config.architectures or [config.model_type])
+        raise CheckpointError(
+            f"{role} tower: {place} ({found}) lacks {len(missing)} weights of {type(backbone).__name__}, such as "
+            f"{missing[0]}. Give a checkpoint of that class (DPR's two encoders differ: then set passage_source)."
+        )
+    model: PreTrainedModel = backbone
+    return model

@@ -1,1 +1,1 @@
-"""Generators score or extend a target given joined contexts; the passage axis is folded into the batch, ``[B * K, L]``."""
+"""Generators score or extend a target given contexts; the passage axis is folded into the batch, ``[B * K, L]``."""

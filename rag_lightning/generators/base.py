@@ -1,7 +1,7 @@
 """What the objectives and the decoders need of a generator."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,6 +30,7 @@ class DecoderState:
     cache: Any
 
 
+@runtime_checkable
 class Generator(Protocol):
     """Encodes contexts, scores targets, and extends partial outputs token by token."""
 

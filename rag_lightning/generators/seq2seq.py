@@ -1,5 +1,6 @@
 """Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Seq2SeqGenerator(nn.Module):
 
     def __init__(self, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
+        if isinstance(model, EncoderDecoderModel) and getattr(model.encoder, "pooler", None) is not None:
+            model.encoder.pooler = None  # its output is not used; idle parameters would stall distributed training
         self.model = model
         self.tokenizer = tokenizer
         config = model.config
@@ -47,6 +50,11 @@ class Seq2SeqGenerator(nn.Module):
         self.start_token_id = _required_id(config, decoder, "decoder_start_token_id")
         self.eos_token_id = _required_id(config, decoder, "eos_token_id")
         self.vocab_size: int = decoder.vocab_size
+        if self.pad_token_id == self.eos_token_id:
+            raise ConfigError(
+                f"the generator's padding and end token are both {self.eos_token_id}: the end of an answer would never "
+                "be scored, and the model never learn to stop. Give its config another pad_token_id."
+            )
         if tokenizer is not None and len(tokenizer) > self.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens but the generator's output layer only {self.vocab_size}: "
@@ -64,6 +72,19 @@ class Seq2SeqGenerator(nn.Module):
         place = model_place(source)
         model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=torch.float32)
         return cls(model=model, tokenizer=load_tokenizer(model_place(tokenizer) if tokenizer is not None else place))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Seq2SeqGenerator":
+        """Reads what :meth:`save` wrote."""
+        if (directory / "tokenizer_config.json").is_file():
+            return cls.from_source(str(directory))
+        return cls(model=AutoModelForSeq2SeqLM.from_pretrained(model_place(str(directory)), dtype=torch.float32))
+
+    def save(self, directory: Path) -> None:
+        """Writes the model, and the tokenizer if there is one, in the transformers layout."""
+        self.model.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @classmethod
     def from_config(cls, *, model_type: str, settings: dict[str, Any], tokenizer: str) -> "Seq2SeqGenerator":

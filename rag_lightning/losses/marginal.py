@@ -65,7 +65,7 @@ def rag_sequence_log_likelihood(
     token_log_probs, doc_log_probs = _checked(token_log_probs, doc_log_probs, target_mask)
     sequence_BK = token_log_probs.masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
     if hf_compat:
-        doc_log_probs = doc_log_probs * _has_second_token(target_mask)[:, None]
+        doc_log_probs = doc_log_probs.masked_fill(~_has_second_token(target_mask)[:, None], 0.0)
     return torch.logsumexp(sequence_BK + doc_log_probs, dim=1)
 
 
@@ -135,7 +135,7 @@ def hf_smoothed_nll(
         smooth_BT = mixture_BTV.sum(dim=2).masked_fill(~target_mask_BT, 0.0)
         return -(1 - epsilon) * ll_BT.sum(1) - epsilon / logits_BKTV.shape[-1] * smooth_BT.sum(1)
     second = torch.arange(log_probs_BKTV.shape[2], device=logits_BKTV.device) == 1
-    with_prior_BKTV = log_probs_BKTV + prior_BK11 * second[None, None, :, None]
+    with_prior_BKTV = torch.where(second[:, None], log_probs_BKTV + prior_BK11, log_probs_BKTV)
     index_BKT1 = targets_BT[:, None, :, None].expand(-1, log_probs_BKTV.shape[1], -1, 1)
     mask_B1T = target_mask_BT[:, None]
     ll_BK = with_prior_BKTV.gather(3, index_BKT1).squeeze(3).masked_fill(~mask_B1T, 0.0).sum(2)

@@ -32,6 +32,6 @@ def collect_runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def summary(metrics: dict[str, Any]) -> dict[str, float]:
-    """Returns the figures of the short table, as fractions of 1, and seconds; a run that retrieves nothing recalls 0."""
+    """Returns the figures of the short table, fractions of 1 and seconds; a run that retrieves nothing recalls 0."""
     figures = {name: float(metrics.get(name, 0.0)) for name in ("exact_match", "f1", *RECALLS)}
     return figures | {"seconds": float(metrics.get("seconds", 0.0))}

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from rag_lightning.reports.collect import RECALLS, summary
 
+NOT_MEASURED = "–"  # noqa: RUF001 (an en dash is what a table wants)
 HEADINGS = ("run", "EM %", "F1 %", "recall@1 %", "recall@5 %", "seconds")
 
 
@@ -19,7 +20,7 @@ def rows(runs: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     for name, metrics in runs.items():
         figures = summary(metrics)
         shares = [
-            f"{100 * figures[key]:.1f}" if key in metrics else "–" for key in ("exact_match", "f1", *RECALLS)
+            f"{100 * figures[key]:.1f}" if key in metrics else NOT_MEASURED for key in ("exact_match", "f1", *RECALLS)
         ]
         table.append((name, *shares, f"{figures['seconds']:.0f}"))
     return table

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
-from rag_lightning.text.token_store import TokenStore
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.text.prompts import Prompt, join_contexts
+from rag_lightning.text.token_store import TokenStore
 from rag_lightning.text.tokenizers import special_affixes
 from rag_lightning.types import Passage, TokenBatch
 
@@ -75,7 +75,7 @@ class ContextAssembler:
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [np.asarray(ids[: self.prompt.max_passage_tokens], dtype=np.int64) for ids in encoded]
 
-    def _join(self, passages: list[NDArray[np.integer]], questions: TokenBatch, num_passages: int) -> TokenBatch:
+    def _join(self, passages: Sequence[NDArray[np.integer]], questions: TokenBatch, num_passages: int) -> TokenBatch:
         pad_id = self.tokenizer.pad_token_id
         return join_contexts(
             passages,
@@ -89,7 +89,7 @@ class ContextAssembler:
         )
 
 
-def pad_sequences(sequences: list[NDArray[np.integer]] | list[list[int]], pad_id: int) -> TokenBatch:
+def pad_sequences(sequences: Sequence[NDArray[np.integer] | list[int]], pad_id: int) -> TokenBatch:
     """Returns token ids padded on the right to the longest, with their mask.
 
     >>> pad_sequences([[5, 6], [7]], pad_id=0).input_ids

@@ -45,7 +45,7 @@ class PassageTokens:
     def batch(self, rows_N: NDArray[np.int64]) -> TokenBatch:
         """Returns the passages of some rows, special tokens included; row ``-1`` gives the special tokens alone."""
         if self.store is not None:
-            tokens = self.store.gather(np.maximum(rows_N, 0))
+            tokens: Sequence[Sequence[int] | NDArray[np.integer]] = self.store.gather(np.maximum(rows_N, 0))
         else:
             tokens = self._tokenise([self.corpus[max(int(row), 0)] for row in rows_N])
         return self._padded([ids if row >= 0 else [] for row, ids in zip(rows_N, tokens, strict=True)])
@@ -66,11 +66,11 @@ class PassageTokens:
         return [ids[: self.encoder.max_passage_tokens] for ids in encoded]
 
     def _padded(self, tokens: Sequence[Sequence[int] | NDArray[np.integer]]) -> TokenBatch:
-        rows = [[*self.prefix_ids, *ids, *self.suffix_ids] for ids in tokens]
+        ends = (np.asarray(self.prefix_ids, dtype=np.int64), np.asarray(self.suffix_ids, dtype=np.int64))
+        rows = [np.concatenate([ends[0], np.asarray(ids, dtype=np.int64), ends[1]]) for ids in tokens]
         return pad_sequences(rows, self.tokenizer.pad_token_id)
 
 
-@torch.no_grad()
 def encode_passages(
     encoder: BiEncoder, tokens: PassageTokens, rows: range, *, batch_size: int = 64, progress: bool = True
 ) -> Iterator[Float[Tensor, "N D"]]:
@@ -100,7 +100,8 @@ def encode_passages(
             for first in range(0, len(block), batch_size):
                 chosen = order[first : first + batch_size]
                 batch = tokens.batch(block[chosen]).to(device)
-                vectors[torch.from_numpy(chosen)] = tower(batch).float().cpu()
+                with torch.no_grad():  # here, not around the generator: a yield would leak it to the caller
+                    vectors[torch.from_numpy(chosen)] = tower(batch).float().cpu()
             yield vectors
     finally:
         tower.train(was_training)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rag_lightning.errors import ConfigError, DataError, MissingFileError
 
@@ -24,12 +24,15 @@ MAX_PIECES = 1000  # sub-word pieces beyond single characters, for words outside
 PROBES = ("a", "the", "1", ".")
 
 
-def load_tokenizer(source: str | Path, subfolder: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, subfolder: str = "", config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """Returns the tokenizer saved in a directory, or published on the hub under that id.
 
     Args:
         source: Directory or hub id.
         subfolder: Folder inside it, where the tokenizer does not lie at the top.
+        config: Its model's configuration, which names the class where the files do not (checkpoints of 2020).
 
     Raises:
         MissingFileError: ``source`` looks like a path, and no such directory exists.
@@ -44,7 +47,7 @@ def load_tokenizer(source: str | Path, subfolder: str = "") -> PreTrainedTokeniz
         )
     name = str(path.expanduser()) if path.expanduser().is_dir() else str(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, config=config)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -52,6 +55,12 @@ def load_tokenizer(source: str | Path, subfolder: str = "") -> PreTrainedTokeniz
             f"came {str(source)!r}: {reason}. Save one there with tokenizer.save_pretrained, or check the name and the "
             "network."
         ) from error
+    # where the files are missing but the class is known, transformers makes a tokenizer without a vocabulary
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {WORD_START}:
+        raise DataError(
+            f"tokenizer: expected tokenizer files (tokenizer.json and others) in {Path(name) / subfolder}, found none: "
+            f"the {type(tokenizer).__name__} knows no words. Save one there with tokenizer.save_pretrained."
+        )
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Small callbacks: the run's state beyond weights, its outputs, and how it ends."""
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from rag_lightning.corpora.questions import write_predictions
 from rag_lightning.training.module import RagLightningModule
+from rag_lightning.types import Prediction
 from rag_lightning.utils import distributed
 from rag_lightning.utils.io import write_json
 
@@ -44,14 +46,17 @@ class RandomStateCallback(L.Callback):
 
 
 class InterruptCallback(L.Callback):
-    """Ctrl-C ends training after the step in progress, so that the checkpoint saved is one that can be resumed.
+    """Ctrl-C ends training after the optimiser step in progress, so that the checkpoint saved can be resumed.
 
-    A second Ctrl-C stops at once. Place it after callbacks that act at the end of a step.
+    Between two optimiser steps gradients may be accumulating, which no checkpoint holds; so the run goes on to the end
+    of the step. Several processes end at the same step. A second Ctrl-C stops at once. Place it after callbacks that
+    act at the end of a step.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._previous: Any = None
+        self._last_step = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over Ctrl-C, where this is the main thread."""
@@ -62,11 +67,9 @@ class InterruptCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Ends the run if asked to; the checkpoint callback saves on the way out."""
-        self._end_if_asked()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends the run if asked to during validation."""
-        self._end_if_asked()
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._end_if_asked(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives Ctrl-C back."""
@@ -75,14 +78,20 @@ class InterruptCallback(L.Callback):
             self._previous = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+        if self._asked:  # perhaps in the middle of a step: what is in memory now must not become a checkpoint
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         self._asked = True
         print("\nCtrl-C: ending after this step and saving a checkpoint; press again to stop at once.", flush=True)
 
-    def _end_if_asked(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        if not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # Lightning would log this step after this callback
+            figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "val/" not in name}
+            for tracker in trainer.loggers:
+                tracker.log_metrics(figures, trainer.global_step - 1)
+        raise KeyboardInterrupt
 
 
 class OutputCallback(L.Callback):
@@ -98,16 +107,22 @@ class OutputCallback(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gathers every process's predictions and writes them in question order."""
         assert isinstance(pl_module, RagLightningModule)
-        parts = distributed.gather_objects(pl_module.predictions)
+        predictions = gathered_predictions(pl_module)
         if trainer.global_rank != 0:
             return
-        order = {question.id: place for place, question in enumerate(pl_module.data.questions.get("test", []))}
-        predictions = sorted((p for part in parts for p in part), key=lambda prediction: order[prediction.id])
         metrics = {
             name.removeprefix("test/"): float(value)
             for name, value in trainer.callback_metrics.items()
             if name.startswith("test/")
         }
-        write_json(self.directory / "metrics.json", {**metrics, "num_questions": len(order)})
+        num_questions = len(predictions) if predictions else len(pl_module.data.questions.get("test", []))
+        write_json(self.directory / "metrics.json", {**metrics, "num_questions": num_questions})
         if predictions:
             write_predictions(self.directory / "predictions.jsonl", predictions)
+
+
+def gathered_predictions(module: RagLightningModule) -> list[Prediction]:
+    """Returns every process's predictions of the test, on every process, in the order of the questions."""
+    parts = distributed.gather_objects(module.predictions)
+    order = {question.id: place for place, question in enumerate(module.data.questions.get("test", []))}
+    return sorted((p for part in parts for p in part), key=lambda prediction: order[prediction.id])

@@ -1,7 +1,7 @@
 """RagDataModule: reads corpus and questions, tokenises passages once, and knows which index snapshot is live."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class RagDataModule(L.LightningDataModule):
         nprobe: FAISS inverted lists to search.
         ef_search: FAISS graph search breadth.
         encode_batch_size: Passages at a time while encoding the corpus.
+        denoising: Settings of :class:`~rag_lightning.training.examples.DenoisingExamples`, for that objective.
         progress: Show progress bars.
     """
 
@@ -76,6 +77,7 @@ class RagDataModule(L.LightningDataModule):
         nprobe: int | None = None,
         ef_search: int | None = None,
         encode_batch_size: int = 64,
+        denoising: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class RagDataModule(L.LightningDataModule):
         self.factory = factory
         self.search_settings = {"nprobe": nprobe, "ef_search": ef_search}
         self.encode_batch_size = encode_batch_size
+        self.denoising = dict(denoising) if denoising is not None else {}
         self.progress = progress
         self.questions: dict[str, list[Question]] = {}
         self.retriever: DenseRetriever | None = None
@@ -114,18 +117,16 @@ class RagDataModule(L.LightningDataModule):
         self._retrieves = retrieves
 
     def setup(self, stage: str) -> None:
-        """Reads and checks every file before anything trains; builds token stores, rank 0 first."""
-        if self._assembler is not None:
-            return
+        """Reads and checks every file before anything trains; builds token stores, rank 0 first. Nothing twice."""
         model = self.model
         needs_corpus = self._retrieves or self._train_kind != "questions" or self._eval_kind != "questions"
         if needs_corpus and self.passages is None:
             raise ConfigError("data.passages: expected a passage file, this objective needs one; came none")
-        if needs_corpus and self.passages is not None:
+        if needs_corpus and self.passages is not None and self._corpus is None:
             self._corpus = PassageCorpus.read(self.passages)
         wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         for split, path in self.paths.items():
-            if path is not None and (split in wanted.get(stage, ()) or stage == "fit"):
+            if split not in self.questions and path is not None and (split in wanted.get(stage, ()) or stage == "fit"):
                 self.questions[split] = read_questions(path, corpus=self._corpus)
         if self._retrieves and model.settings.num_passages > len(self.corpus):
             raise ConfigError(
@@ -134,6 +135,8 @@ class RagDataModule(L.LightningDataModule):
             )
         if self._train_kind != "inverse_cloze" and stage == "fit":
             self._check_trainable()
+        if self._assembler is not None:
+            return
         tokenizer = model.generator.tokenizer
         if tokenizer is None:
             raise ConfigError("the generator has no tokenizer: give one when loading it")
@@ -152,8 +155,8 @@ class RagDataModule(L.LightningDataModule):
         bare = next((question.id for question in questions if not question.answers), None)
         if bare is not None and self._train_kind != "gold_passages":
             raise DataError(
-                f"{self.paths['train']}: question {bare!r} has no answer string to train on (only a regular expression): "
-                "replace it by an answer, as Lewis et al. 2020 do for CuratedTREC (the most frequent match)"
+                f"{self.paths['train']}: question {bare!r} has no answer string to train on (only a regular "
+                "expression): replace it by an answer, as Lewis et al. 2020 do for CuratedTREC (its commonest match)"
             )
 
     def _generator_store(self) -> TokenStore | None:
@@ -218,7 +221,17 @@ class RagDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> QuestionLoader:
-        """Returns the training batches."""
+        """Returns the training batches.
+
+        Raises:
+            ConfigError: Fewer questions in a batch than the processes, or the objective, need.
+        """
+        contrasts = self._train_kind in ("gold_passages", "inverse_cloze")
+        if contrasts and self.batch_size < 2 * distributed.world_size():
+            raise ConfigError(
+                f"data.batch_size: expected at least 2 examples for each of {distributed.world_size()} processes, "
+                f"since a contrastive objective takes the others of a batch as negatives, got {self.batch_size}"
+            )
         return self._loader(self._examples("train", self._train_kind), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> QuestionLoader | list[QuestionLoader]:
@@ -240,7 +253,9 @@ class RagDataModule(L.LightningDataModule):
         questions: Sequence[Question] = self.questions[split][:limit]
         if kind == "denoising":
             mask = getattr(self.assembler.tokenizer, "mask_token", None)
-            return DenoisingExamples(questions, self.corpus, mask=mask if mask is not None else "...")
+            return DenoisingExamples(
+                questions, self.corpus, mask=mask if mask is not None else "...", **self.denoising
+            )
         sampled = self.sample_answers and split == "train"
         with_passage = kind == "gold_passages"
         return QuestionExamples(questions, self._corpus, sample_answers=sampled, with_passage=with_passage)
@@ -254,12 +269,17 @@ class RagDataModule(L.LightningDataModule):
             seed=self.seed,
             shuffle=shuffle,
             current_epoch=self._current_epoch if shuffle else lambda: 0,
+            num_processed=self._num_processed if shuffle else None,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
 
     def _current_epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def _num_processed(self) -> int:
+        assert self.trainer is not None
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
 
     # ------------------------------------------------------------------ the live index
 

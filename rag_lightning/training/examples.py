@@ -7,19 +7,19 @@ examples as an uninterrupted one.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
 from rag_lightning.corpora.passages import PassageCorpus
-from rag_lightning.corpora.warmup import inverse_cloze, rare_words, span_copy, substitute_entities
+from rag_lightning.corpora.warmup import inverse_cloze, rare_words, span_copy, span_repeat, substitute_entities
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.text.normalise import contains_answer
 from rag_lightning.types import Passage, Question, QuestionBatch
+from rag_lightning.utils.seeding import rng_at
 
 ExampleKind = Literal["questions", "gold_passages", "inverse_cloze", "denoising"]
 
@@ -41,6 +41,7 @@ class Example:
     passage: Passage | None = None
 
 
+@runtime_checkable
 class Examples(Protocol):
     """A sequence of examples, some of them drawn anew at each visit."""
 
@@ -131,17 +132,21 @@ class InverseClozeExamples:
 class DenoisingExamples:
     """Reading practice on gold passages: copy, do not remember.
 
-    A part of the examples has its rare words renamed alike in passage, question and answer (entity substitution,
-    Longpre et al. 2021), a part restores a masked span of a passage (span infilling, Lewis et al. 2019), and the rest
-    are questions as they are. A reader trained without renaming memorises answers and fails on unseen passages.
+    Most questions have their rare words renamed alike in passage, question and answer (entity substitution, Longpre
+    et al. 2021). Among them are examples that repeat a span of the passage, or restore a masked one (span infilling,
+    Lewis et al. 2019). A reader trained without renaming memorises answers and fails on unseen passages. The new names
+    come from a small set, drawn once: what is learned is to copy, and a few hundred names teach that to all (measured
+    in ``RESULTS.md``: with thousands of names copying starts much later).
 
     Args:
         questions: Questions with gold passages.
         corpus: The passages.
-        rename_share: Share of renamed questions among the questions.
+        rename_share: Share of renamed examples.
         copy_share: Share of span examples among all.
+        infill_share: Share of masked spans among the span examples; the others repeat a span.
         rare_count: A word is rare when it occurs at most this often in passages and questions together, so that the
             words that ask (who, when) keep their meaning.
+        num_names: How many words serve as new names.
         mask: The hole's sign.
     """
 
@@ -150,22 +155,29 @@ class DenoisingExamples:
         questions: Sequence[Question],
         corpus: PassageCorpus,
         *,
-        rename_share: float = 0.5,
+        rename_share: float = 0.9,
         copy_share: float = 0.3,
+        infill_share: float = 0.0,
         rare_count: int = 20,
+        num_names: int = 400,
         mask: str = "<mask>",
     ) -> None:
-        for name, share in (("rename_share", rename_share), ("copy_share", copy_share)):
+        shares = {"rename_share": rename_share, "copy_share": copy_share, "infill_share": infill_share}
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ConfigError(f"{name}: expected a share from 0 to 1, got {share}")
         self.golden = QuestionExamples(questions, corpus, sample_answers=True, with_passage=True)
         self.corpus = corpus
         self.rename_share = rename_share
         self.copy_share = copy_share
+        self.infill_share = infill_share
         self.mask = mask
-        texts = (f"{passage.title} {passage.text}" for passage in corpus)
-        self.pool = rare_words(chain(texts, (question.question for question in questions)), rare_count)
-        self._rare = frozenset(self.pool)
+        texts = [f"{passage.title} {passage.text}" for passage in corpus]
+        texts += [question.question for question in questions]
+        self._rare = frozenset(rare_words(texts, rare_count))
+        # words met once are no new names: most fall into many pieces, and spelling is not the lesson
+        names = rare_words(texts, rare_count, min_count=2)
+        self.pool = rng_at(0, "names").sample(names, num_names) if num_names < len(names) else names
 
     def __len__(self) -> int:
         return len(self.golden)
@@ -181,8 +193,11 @@ class DenoisingExamples:
         row = rng.randrange(len(self.corpus))
         passage = self.corpus[row]
         if rng.random() < self.rename_share:
-            passage, _, _ = self._rename(passage, "", "", rng)  # before the hole is cut: its sign is no word
-        question, answer = span_copy(passage, rng, mask=self.mask)
+            passage, _, _ = self._rename(passage, "", "", rng)  # before a hole is cut: its sign is no word
+        if rng.random() < self.infill_share:
+            question, answer = span_copy(passage, rng, mask=self.mask)
+        else:
+            question, answer = span_repeat(passage, rng)
         return Example(Question(f"span-{passage.id}", question, (answer,)), answer, row, passage)
 
     def _renamed(self, example: Example, rng: random.Random) -> Example:
@@ -192,9 +207,7 @@ class DenoisingExamples:
         renamed = Question(record.id, question, (answer,), record.positive_passage_ids)
         return Example(renamed, answer, example.positive_row, passage)
 
-    def _rename(
-        self, passage: Passage, question: str, answer: str, rng: random.Random
-    ) -> tuple[Passage, str, str]:
+    def _rename(self, passage: Passage, question: str, answer: str, rng: random.Random) -> tuple[Passage, str, str]:
         joined = f"{passage.title}\n{passage.text}"
         text, question, answer = substitute_entities(joined, question, answer, self._rare.__contains__, self.pool, rng)
         title, _, body = text.partition("\n")
@@ -241,4 +254,3 @@ class Collator:
             contexts=contexts,
             passages=own,
         )
-

@@ -25,6 +25,8 @@ class QuestionLoader:
         seed: Seeds the order and the draws.
         shuffle: A new order each epoch.
         current_epoch: Tells the epoch when a pass begins; by default always 0.
+        num_processed: Tells how many batches of this pass have done their work; a batch that failed is met again after
+            a resume. By default every batch that was yielded.
         rank: This process.
         world_size: Processes.
 
@@ -41,6 +43,7 @@ class QuestionLoader:
         seed: int = 0,
         shuffle: bool = False,
         current_epoch: Callable[[], int] = lambda: 0,
+        num_processed: Callable[[], int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -58,6 +61,7 @@ class QuestionLoader:
         self.world_size = world_size
         self.epoch = 0
         self._current_epoch = current_epoch
+        self._num_processed = num_processed
         self._num_yielded = 0
         self._resume_at: tuple[int, int] | None = None
 
@@ -81,14 +85,14 @@ class QuestionLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how far this epoch has come; Lightning keeps it in the checkpoint."""
-        return {"epoch": self.epoch, "num_yielded": self._num_yielded}
+        done = self._num_yielded if self._num_processed is None else min(self._num_yielded, self._num_processed())
+        return {"epoch": self.epoch, "num_yielded": done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues the same epoch after the batches already seen."""
+        """Continues the same epoch after the batches already seen; nothing is left of one that was seen whole."""
         self.epoch = state["epoch"]
         self._num_yielded = state["num_yielded"]
-        if self._num_yielded < len(self):
-            self._resume_at = (state["epoch"], state["num_yielded"])
+        self._resume_at = (state["epoch"], state["num_yielded"])
 
     def _order(self) -> list[int]:
         if not self.shuffle:

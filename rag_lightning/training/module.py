@@ -1,7 +1,7 @@
 """RagLightningModule: one shared step for training, validation and test."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -15,6 +15,7 @@ from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
 from rag_lightning.rag import RagModel
+from rag_lightning.rag_parts import DecodingMode
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.objectives import Objective, Outcome, Sources
 from rag_lightning.training.optim import (
@@ -25,6 +26,7 @@ from rag_lightning.training.optim import (
     modules_of,
 )
 from rag_lightning.types import Prediction, QuestionBatch
+from rag_lightning.utils import distributed
 
 Reduction = Literal["example_mean", "token_mean", "sum"]
 
@@ -38,7 +40,8 @@ class RagLightningModule(L.LightningModule):
         optim: Who learns and how fast.
         reduction: How the losses of a step become one number. ``example_mean`` gives every question the same weight,
             1 / (questions of a full batch over all processes), so that accumulation and several processes change
-            nothing; ``token_mean`` divides by the target tokens of the step; ``sum`` is transformers' ``reduce_loss``.
+            nothing; ``token_mean`` divides by the target tokens of the batch over all processes (of each one, when
+            gradients are accumulated); ``sum`` is transformers' ``reduce_loss``.
         recall_at: Cut-offs of recall.
         generate_in_validation: Decode answers in validation too, not only in the test.
         retrieval_utility: Also score the targets without passages in evaluation.
@@ -51,7 +54,7 @@ class RagLightningModule(L.LightningModule):
         objective: Objective,
         optim: OptimSettings,
         reduction: Reduction = "example_mean",
-        recall_at: tuple[int, ...] = (1, 5, 20),
+        recall_at: Sequence[int] = (1, 5, 20),
         generate_in_validation: bool = True,
         retrieval_utility: bool = True,
     ) -> None:
@@ -75,6 +78,7 @@ class RagLightningModule(L.LightningModule):
         )
         self.diagnostics: DiagnosticMetrics | None = None
         self.predictions: list[Prediction] = []
+        self._nll_and_count = torch.zeros(2, dtype=torch.float64)
 
     # ------------------------------------------------------------------ training
 
@@ -88,16 +92,23 @@ class RagLightningModule(L.LightningModule):
     def training_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch; refuses one that is not finite."""
         outcome = self.objective(self.model, batch, self._sources(reencode="passage_encoder" in self.trained))
-        loss = self._reduce(outcome, batch)
-        if not math.isfinite(float(loss.detach())):
-            ids = ", ".join(question.id for question in batch.questions[:8])
-            raise NonFiniteLossError(
-                f"the loss is {float(loss.detach())} at step {self.global_step} (batch {batch_idx}, questions {ids}, …). "
-                "The weights are as they were before this step and the last checkpoint is kept. "
-                "Lower the learning rates, clip gradients, or look at these questions."
-            )
-        self._log_training(outcome, batch)
-        return loss
+        figures = self._training_figures(outcome, batch)
+        if not math.isfinite(figures["train/loss"]):  # over all processes, so that all stop together
+            self._refuse(outcome, batch, batch_idx)
+        self.log_dict(figures, batch_size=len(batch.questions), prog_bar=True)
+        return self._reduce(outcome, batch)
+
+    def _refuse(self, outcome: Outcome, batch: QuestionBatch, batch_idx: int) -> None:
+        mine = [
+            q.id for q, loss in zip(batch.questions, outcome.loss_B.tolist(), strict=True) if not math.isfinite(loss)
+        ]
+        bad = [question_id for part in distributed.gather_objects(mine) for question_id in part]
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {self.global_step} (batch {batch_idx}, questions {', '.join(bad[:8])}"
+            f"{', …' if len(bad) > 8 else ''}). "
+            "The weights are as they were before this step and the last checkpoint is kept. "
+            "Lower the learning rates, clip gradients, or look at these questions."
+        )
 
     def _sources(self, *, reencode: bool) -> Sources:
         data = self.data
@@ -105,26 +116,32 @@ class RagLightningModule(L.LightningModule):
 
     def _reduce(self, outcome: Outcome, batch: QuestionBatch) -> Float[Tensor, ""]:
         """Reduces once, so that the mean of the processes' gradients is the gradient of the whole batch's loss."""
-        total = (outcome.loss_B * batch.weights_B).sum()
+        total: Tensor = (outcome.loss_B * batch.weights_B).sum()
+        num_processes: int = self.trainer.world_size
         if self.reduction == "sum":
-            return total * self.trainer.world_size
+            accumulated: int = self.trainer.accumulate_grad_batches
+            return total * num_processes * accumulated
         if self.reduction == "token_mean":
-            units = (outcome.num_units_B * batch.weights_B).sum()
+            units: Tensor = (outcome.num_units_B * batch.weights_B).sum()
             units = self.trainer.strategy.reduce(units, reduce_op="sum")
-            return total * self.trainer.world_size / units
-        return total * self.trainer.world_size / self.data.batch_size
+            return total * num_processes / units
+        return total * num_processes / self.data.batch_size
 
     @torch.no_grad()
-    def _log_training(self, outcome: Outcome, batch: QuestionBatch) -> None:
-        count = int(batch.weights_B.sum())
-        mean_loss = (outcome.loss_B.detach() * batch.weights_B).sum() / max(count, 1)
-        values: dict[str, Any] = {"train/loss": mean_loss}
+    def _training_figures(self, outcome: Outcome, batch: QuestionBatch) -> dict[str, float]:
+        """Returns the batch's means over the questions of all processes."""
+        each = {"train/loss": outcome.loss_B}
         if outcome.hits is not None and outcome.marginal is not None:
-            values["train/posterior_entropy"] = posterior_entropy(outcome.marginal.log_posterior_BK.exp()).mean()
-            values["train/prior_entropy"] = posterior_entropy(outcome.marginal.log_prior_BK.exp()).mean()
+            marginal = outcome.marginal  # a NaN is the loss's to report
+            each["train/posterior_entropy"] = posterior_entropy(marginal.log_posterior_BK.exp().nan_to_num())
+            each["train/prior_entropy"] = posterior_entropy(marginal.log_prior_BK.exp().nan_to_num())
+        weights_B = batch.weights_B.float()
+        sums = torch.stack([(values_B.float() * weights_B).sum() for values_B in each.values()] + [weights_B.sum()])
+        *totals, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        figures = {name: total / count for name, total in zip(each, totals, strict=True)}
         if self.data.retriever is not None:
-            values["index/age_steps"] = float(self.global_step - self.data.snapshot_step)
-        self.log_dict(values, batch_size=max(count, 1), prog_bar=True)
+            figures["index/age_steps"] = float(self.global_step - self.data.snapshot_step)
+        return figures
 
     # ------------------------------------------------------------------ evaluation
 
@@ -138,11 +155,11 @@ class RagLightningModule(L.LightningModule):
 
     def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Scores, retrieves and, if asked, answers."""
-        self._evaluate(batch, "val", generate=self.generate_in_validation)
+        self._evaluate(batch, generate=self.generate_in_validation)
 
     def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Scores, retrieves and answers."""
-        self._evaluate(batch, "test", generate=True)
+        self._evaluate(batch, generate=True)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's metrics."""
@@ -152,21 +169,32 @@ class RagLightningModule(L.LightningModule):
         """Logs the epoch's metrics."""
         self._finish_evaluation("test")
 
+    def _metric(self, name: str) -> Any:
+        return self.metrics[name]
+
     def _start_evaluation(self) -> None:
         self.predictions = []
-        for metric in self.metrics.values():
-            metric.reset()
+        self._nll_and_count = torch.zeros(2, dtype=torch.float64)
+        for name in self.metrics:
+            self._metric(name).reset()
         self.diagnostics = None
         if self.data.retriever is not None:
             self.diagnostics = DiagnosticMetrics(corpus_size=len(self.data.corpus)).to(self.device)
+        # empty updates: an objective, or a process without questions, that measures nothing deserves no warning
+        none_B1 = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._metric("answers").update([], [])
+        self._metric("gold").update(none_B1.bool(), none_B1[:, 0].bool())
+        self._metric("answer_in_passage").update(none_B1.bool(), none_B1[:, 0].bool())
+        if self.diagnostics is not None:
+            self.diagnostics.update(none_B1)
 
-    def _evaluate(self, batch: QuestionBatch, stage: str, *, generate: bool) -> None:
+    def _evaluate(self, batch: QuestionBatch, *, generate: bool) -> None:
         outcome = self.objective(self.model, batch, self._sources(reencode=False))
         real = [row for row, weight in enumerate(batch.weights_B.tolist()) if weight > 0]
         scored = [row for row in real if batch.questions[row].answers]
         if scored and outcome.marginal is not None:
-            nll = -outcome.marginal.log_likelihood_B[scored].mean()
-            self.log(f"{stage}/nll", nll, batch_size=len(scored), on_epoch=True, sync_dist=True)
+            nll = -float(outcome.marginal.log_likelihood_B[scored].double().sum())
+            self._nll_and_count += torch.tensor([nll, len(scored)], dtype=torch.float64)
         self._update_retrieval(outcome, batch, real)
         if generate and outcome.encoded is not None and outcome.doc_scores_BK is not None:
             self._answer(outcome, batch, real)
@@ -180,7 +208,7 @@ class RagLightningModule(L.LightningModule):
         width = outcome.hits.ids_BK.shape[1]
         for name, relevance in (("gold", relevant_by_gold), ("answer_in_passage", relevant_by_answer)):
             relevant_BK, counted_B = relevance(passages, questions, num_passages=width)
-            self.metrics[name].update(relevant_BK.to(self.device), counted_B.to(self.device))
+            self._metric(name).update(relevant_BK.to(self.device), counted_B.to(self.device))
         assert self.diagnostics is not None
         posterior_BK = outcome.marginal.log_posterior_BK[real].exp() if outcome.marginal is not None else None
         self.diagnostics.update(outcome.hits.ids_BK[real], posterior_BK, self._utility(outcome, batch, real))
@@ -201,7 +229,7 @@ class RagLightningModule(L.LightningModule):
     def _answer(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> None:
         assert outcome.encoded is not None
         assert outcome.doc_scores_BK is not None
-        decoding = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
+        decoding: DecodingMode | None = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
         decoded = self.model.decode(outcome.encoded, outcome.doc_scores_BK, decoding=decoding)
         predictions = self.model.predictions(
             batch.questions, decoded, outcome.encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
@@ -210,16 +238,24 @@ class RagLightningModule(L.LightningModule):
         self.predictions += chosen
         if chosen:
             questions = [batch.questions[row] for row in real]
-            self.metrics["answers"].update([prediction.answer for prediction in chosen], questions)
+            self._metric("answers").update([prediction.answer for prediction in chosen], questions)
 
     def _finish_evaluation(self, stage: str) -> None:
-        values: dict[str, Tensor] = dict(self.metrics["answers"].compute())
-        values |= self.metrics["gold"].compute()
-        values |= {f"answer_{name}": value for name, value in self.metrics["answer_in_passage"].compute().items()}
+        values: dict[str, Tensor] = dict(self._metric("answers").compute())
+        values |= self._metric("gold").compute()
+        values |= {f"answer_{name}": value for name, value in self._metric("answer_in_passage").compute().items()}
         if self.diagnostics is not None:
             values |= self.diagnostics.compute()
-            values["index_age_steps"] = torch.tensor(float(self.global_step - self.data.snapshot_step))
-        self.log_dict({f"{stage}/{name}": value.float().to(self.device) for name, value in values.items()})
+            if self.global_step > 0:  # how old a finished model's index was is not known any more
+                age = (
+                    self.global_step - self.data.snapshot_step if stage == "val" else 0
+                )  # a test's index is made fresh
+            values["index_age_steps"] = torch.tensor(float(age))
+        nll, count = torch.tensor(distributed.gather_objects(self._nll_and_count.tolist())).sum(dim=0)
+        if count > 0:
+            values["nll"] = nll / count
+        figures = {f"{stage}/{name}": value.float().to(self.device) for name, value in values.items()}
+        self.log_dict(figures, sync_dist=True)  # the same in all processes already
 
     # ------------------------------------------------------------------ optimiser and checkpoints
 
@@ -255,7 +291,11 @@ def check_shapes(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> 
     """
     for name, tensor in expected.items():
         if name in came and came[name].shape != tensor.shape:
-            hint = " (the first axis is the vocabulary: was it trained with another tokenizer?)" if tensor.ndim == 2 else ""
+            hint = (
+                " (the first axis is the vocabulary: was it trained with another tokenizer?)"
+                if tensor.ndim == 2
+                else ""
+            )
             raise CheckpointError(
                 f"checkpoint: expected {name} of shape {tuple(tensor.shape)}, came {tuple(came[name].shape)}{hint}. "
                 "Give the encoder and generator that the checkpoint was trained with."

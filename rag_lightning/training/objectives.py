@@ -6,7 +6,7 @@ module does the rest. The mathematics is in :mod:`rag_lightning.losses`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -62,6 +62,7 @@ class Outcome(TensorRecord):
     doc_scores_BK: Float[Tensor, "B K"] | None = None
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One way to train."""
 
@@ -87,7 +88,7 @@ class MarginalObjective:
     reads: Reads = "retrieved"
     examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
-    trains = ("query_encoder", "passage_encoder", "generator")
+    trains: tuple[str, ...] = ("query_encoder", "passage_encoder", "generator")
 
     def __init__(self, *, kind: MarginalKind, label_smoothing: float = 0.0, hf_compat: bool = False) -> None:
         _check_smoothing(label_smoothing)
@@ -115,7 +116,7 @@ class ClosedBook:
     reads: Reads = "nothing"
     examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
-    trains = ("generator",)
+    trains: tuple[str, ...] = ("generator",)
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         _check_smoothing(label_smoothing)
@@ -141,7 +142,7 @@ class Denoising:
     reads: Reads = "own"
     examples: ExampleKind = "denoising"
     eval_examples: ExampleKind = "gold_passages"
-    trains = ("generator",)
+    trains: tuple[str, ...] = ("generator",)
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         _check_smoothing(label_smoothing)
@@ -167,7 +168,7 @@ class Contrastive:
 
     reads: Reads = "retrieved"
     eval_examples: ExampleKind = "questions"
-    trains = ("query_encoder", "passage_encoder")
+    trains: tuple[str, ...] = ("query_encoder", "passage_encoder")
 
     def __init__(self, *, examples: Literal["gold_passages", "inverse_cloze"] = "gold_passages") -> None:
         if examples not in ("gold_passages", "inverse_cloze"):
@@ -189,6 +190,8 @@ class Contrastive:
         passages_BD = model.encoder.passage_tower()(batch.passages)
         passages_BBD = passages_BD[None].expand(len(queries_BD), -1, -1)
         scores_BB = similarity(queries_BD, passages_BBD, model.settings.metric) / model.settings.temperature
+        if len(queries_BD) == 1:  # the odd last one of an epoch has nothing to be contrasted with
+            return Outcome(0.0 * scores_BB.sum(dim=1), ones_B)
         ids_B = batch.positive_ids
         same_BB = (ids_B[:, None] == ids_B[None]) & (ids_B >= 0)[:, None]
         return Outcome(in_batch_contrastive(scores_BB, torch.arange(len(ids_B), device=ids_B.device), same_BB), ones_B)

@@ -1,5 +1,7 @@
 """When the index is made anew: a schedule as a pure function of the step, and the callback that follows it."""
 
+import itertools
+import logging
 import time
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.metrics.diagnostics import overlap_at_k
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class ReindexSchedule:
         if isinstance(text, int) or str(text).strip().isdigit():
             return cls(((0, None, _positive(str(text), text)),))
         pieces = tuple(_piece(part, text) for part in str(text).split(","))
-        for (_, stop, _), (start, _, _) in zip(pieces, pieces[1:], strict=False):
+        for (_, stop, _), (start, _, _) in itertools.pairwise(pieces):
             if stop is None or start < stop:
                 raise ConfigError(f"reindex.schedule: expected pieces in order without overlap, got {text!r}")
         return cls(pieces)
@@ -77,7 +81,8 @@ class ReindexCallback(L.Callback):
 
     Refreshing is synchronous: the new snapshot is built beside the live one, verified, published by rename, and
     swapped in at the end of an optimiser step. The schedule is a function of the step alone and the live snapshot's id
-    is in the checkpoint, so a resumed run goes on as if it had not stopped.
+    is in the checkpoint, so a resumed run goes on as if it had not stopped. A refresh that failed (a full disk) or was
+    broken off is made up for when the run is resumed.
 
     Args:
         schedule: See :meth:`ReindexSchedule.parse`.
@@ -90,15 +95,25 @@ class ReindexCallback(L.Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes a snapshot live before anything is retrieved."""
-        module, data = _parts(trainer, pl_module)
+        """Refuses a schedule that would do nothing."""
+        module, _ = _parts(trainer, pl_module)
         if self.schedule.pieces and "passage_encoder" not in module.trained:
             raise ConfigError(
                 "reindex.schedule is set but the passage encoder does not learn, so every refresh would build the same "
                 "index: set optim.train_passage_encoder=true, or reindex=none"
             )
-        data.ensure_index(step=trainer.global_step)
-        self._last_step = trainer.global_step
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes a snapshot live before anything is retrieved."""
+        _parts(trainer, pl_module)[1].ensure_index(step=trainer.global_step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes a snapshot live, now that weights and step of a resumed run are restored under every strategy."""
+        _, data = _parts(trainer, pl_module)
+        step = self._last_step = trainer.global_step
+        data.ensure_index(step=step)
+        if self.schedule.is_due(step) and data.snapshot_step < step:
+            self._refresh(trainer, step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -109,7 +124,7 @@ class ReindexCallback(L.Callback):
             return
         self._last_step = step
         if self.schedule.is_due(step):
-            self._refresh(*_parts(trainer, pl_module), step)
+            self._refresh(trainer, step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live for a validation outside training; within training the live one is used as it is."""
@@ -120,7 +135,8 @@ class ReindexCallback(L.Callback):
         """Makes sure that the test searches an index of the passage tower as it is."""
         _parts(trainer, pl_module)[1].ensure_index(step=trainer.global_step, fresh=True)
 
-    def _refresh(self, module: RagLightningModule, data: RagDataModule, step: int) -> None:
+    def _refresh(self, trainer: L.Trainer, step: int) -> None:
+        module, data = _parts(trainer, trainer.lightning_module)
         if data.retriever is None:
             return
         age = step - data.snapshot_step
@@ -131,7 +147,9 @@ class ReindexCallback(L.Callback):
         after_BK = self._probe(module, data)
         if before_BK is not None and after_BK is not None:
             values[f"reindex/overlap@{before_BK.shape[1]}"] = float(overlap_at_k(before_BK, after_BK).mean())
-        module.log_dict(values, rank_zero_only=True)
+        for tracker in trainer.loggers:  # each refresh, whatever log_every_n_steps is; steps count from 0 there
+            tracker.log_metrics(values, step - 1)
+        logger.info("index refreshed at step %d: %s", step, values)
 
     @torch.no_grad()
     def _probe(self, module: RagLightningModule, data: RagDataModule) -> Int[Tensor, "B K"] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rag_lightning.errors import DataError, MissingFileError
 
@@ -30,7 +30,7 @@ def existing_file(path: str | Path, what: str) -> Path:
 def open_text(path: Path) -> TextIOWrapper:
     """Opens a UTF-8 text file for reading, through gzip when its name ends in ``.gz``."""
     if path.suffix == ".gz":
-        return cast(TextIOWrapper, gzip.open(path, "rt", encoding="utf-8"))
+        return gzip.open(path, "rt", encoding="utf-8")
     return path.open("r", encoding="utf-8")
 
 

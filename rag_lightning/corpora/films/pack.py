@@ -1,0 +1,58 @@
+"""Packs the film world's warmed-up model: ``python -m rag_lightning.corpora.films.pack RETRIEVER_RUN READER_RUN``.
+
+Takes the query tower of a run of ``experiment=films/warm_retriever`` and the generator of one of
+``experiment=films/warm_reader``, halves their precision (float16, safetensors) and puts them into ``model/`` beside this
+file, with the configuration of both runs. ``make films-model`` does all three steps.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rag_lightning.utils.io import atomic_directory, existing_file
+
+WEIGHTS = "model.safetensors"
+MAX_BYTES = 8 * 2**20
+
+
+def pack(retriever_run: Path, reader_run: Path, target: Path) -> int:
+    """Writes ``target`` and returns its size in bytes.
+
+    Raises:
+        MissingFileError: A run has no saved model.
+        ValueError: The result is larger than 8 MiB.
+    """
+    sources = {
+        "encoder": (retriever_run, retriever_run / "model" / "encoder" / "query"),
+        "generator": (reader_run, reader_run / "model" / "generator"),
+    }
+    with atomic_directory(target, replace=True) as part:
+        for name, (run, source) in sources.items():
+            weights = load_file(existing_file(source / WEIGHTS, f"{name} weights"))
+            (part / name).mkdir()
+            halved = {key: value.to(torch.float16) for key, value in weights.items()}
+            save_file(halved, part / name / WEIGHTS, metadata={"format": "pt"})
+            shutil.copy(existing_file(source / "config.json", f"{name} configuration"), part / name / "config.json")
+            shutil.copy(existing_file(run / "config.yaml", f"{name} run"), part / name / "trained_by.yaml")
+        size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+        if size > MAX_BYTES:
+            raise ValueError(f"the packed model has {size:,} bytes, more than the {MAX_BYTES:,} it may ship with")
+    return size
+
+
+def main() -> None:
+    """Packs the runs named on the command line."""
+    parser = argparse.ArgumentParser(description="Pack the film world's warmed-up model.")
+    parser.add_argument("retriever_run", type=Path)
+    parser.add_argument("reader_run", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
+    arguments = parser.parse_args()
+    size = pack(arguments.retriever_run, arguments.reader_run, arguments.output)
+    print(f"{arguments.output}: {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

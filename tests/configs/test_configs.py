@@ -1,0 +1,402 @@
+"""Every YAML file under ``conf/`` is found, composed and instantiated; one without coverage fails.
+
+Files that would download a model get a tiny saved one of the same type in its place; trainers that need a GPU are built
+as far as they can be without one, and must fail for that reason alone.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    DPRConfig,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+    PreTrainedTokenizerFast,
+)
+
+from rag_lightning.cli.build import build_run, build_trainer, decoding_of, instantiate, recordable
+from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from rag_lightning.corpora.passages import resolve
+from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.encoders.bi_encoder import BiEncoder
+from rag_lightning.errors import MissingFileError
+from rag_lightning.index.build import build_index
+from rag_lightning.rag_parts import RagSettings
+from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.optim import OptimSettings
+from rag_lightning.training.reindex import ReindexCallback
+from rag_lightning.training.tracking import TrackingCallback
+
+CONF = conf_dir()
+FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
+NUM_FILES = 57
+Compose = Callable[..., DictConfig]
+
+REPLACEMENTS = {
+    "encoder/dpr": ("encoder.source={dpr_query}", "encoder.passage_source={dpr_passage}"),
+    "encoder/films": ("encoder.source={bert}", "encoder.tokenizer={bert}"),
+    "encoder/hf": ("encoder.source={bert}",),
+    "encoder/minilm": ("encoder.source={bert}",),
+    "encoder/word_embeddings": ("encoder.tokenizer={tokenizer}",),
+    "generator/bart_base": ("generator.source={bart}",),
+    "generator/bart_large": ("generator.source={bart}",),
+    "generator/bart_tiny": ("generator.tokenizer={tokenizer}",),
+    "generator/films": ("generator.source={bart}", "generator.tokenizer={tokenizer}"),
+    "generator/hf": ("generator.source={bart}",),
+    "generator/minilm2minilm": ("generator.encoder={bert}", "generator.decoder={bert}"),
+    "generator/t5_base": ("generator.source={t5}",),
+    "generator/t5_tiny": ("generator.tokenizer={tokenizer}",),
+    "logger/wandb": ("logger.offline=true",),
+}
+EXTRAS = {
+    "index/faiss_flat": "faiss",
+    "index/faiss_hnsw": "faiss",
+    "index/faiss_ivf": "faiss",
+    "logger/wandb": "wandb",
+    "logger/tensorboard": "tensorboard",
+}
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "made", "film"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_generator: Any) -> dict[str, Path]:
+    """Tiny saved models of the types that the configurations name."""
+    root = tmp_path_factory.mktemp("sources")
+    tokenizer = bert_tokenizer()
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": 80}
+    BertModel(BertConfig(**size)).save_pretrained(root / "bert")
+    DPRQuestionEncoder(DPRConfig(**size)).save_pretrained(root / "dpr_query")
+    DPRContextEncoder(DPRConfig(**size)).save_pretrained(root / "dpr_passage")
+    for name in ("bert", "dpr_query", "dpr_passage"):
+        tokenizer.save_pretrained(root / name)
+    bart = tiny_generator()
+    bart.model.save_pretrained(root / "bart")
+    bart.tokenizer.save_pretrained(root / "bart")
+    small = {"d_model": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+    t5 = AutoConfig.for_model("t5", **small, vocab_size=len(bart.tokenizer), decoder_start_token_id=0)
+    AutoModelForSeq2SeqLM.from_config(t5).save_pretrained(root / "t5")
+    bart.tokenizer.save_pretrained(root / "t5")
+    return {path.name: path for path in root.iterdir()} | {"tokenizer": tiny_world.tokenizer}
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Compose:
+    """Returns ``compose(primary, *overrides)``."""
+    register_resolvers()
+
+    def run(primary: str, *overrides: str, with_hydra: bool = False) -> DictConfig:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return hydra.compose(primary, list(overrides), return_hydra_config=with_hydra)
+
+    return run
+
+
+@pytest.fixture
+def tiny_overrides(
+    tiny_model_overrides: list[str], tiny_data_overrides: list[str], tmp_path: Path, sources: dict[str, Path]
+) -> Callable[..., list[str]]:
+    """Returns ``tiny_overrides(group, name)``: the tiny run's settings with one group's choice in their place."""
+
+    def choose(group: str | None = None, name: str = "") -> list[str]:
+        usual = [*tiny_model_overrides, *tiny_data_overrides, f"paths.run_dir={tmp_path / 'run'}"]
+        if group is None:
+            return usual
+        dropped = {group}
+        if (group, name) == ("objective", "closed_book") or name.endswith("films/closed_book"):
+            dropped.add("model.num_passages")
+        if group == "paths":
+            dropped.add("paths.run_dir")
+        kept = [text for text in usual if not any(text.startswith((f"{head}=", f"{head}.")) for head in dropped)]
+        if group == "trainer":
+            kept.append("trainer.enable_progress_bar=false")
+        chosen = [text.format(**sources) for text in REPLACEMENTS.get(f"{group}/{name}", ())]
+        return [*kept, f"{group}={name}", *chosen]
+
+    return choose
+
+
+def built(config: DictConfig) -> tuple[RagLightningModule, RagDataModule, L.Trainer]:
+    """Builds everything that a training is made of."""
+    module, data = build_run(config)
+    assert isinstance(module, RagLightningModule)
+    assert isinstance(data, RagDataModule)
+    trainer = build_trainer(config, config.callbacks)
+    assert any(isinstance(callback, ReindexCallback) for callback in trainer.callbacks)
+    assert any(isinstance(callback, TrackingCallback) for callback in trainer.callbacks)
+    return module, data, trainer
+
+
+def test_every_file_is_found() -> None:
+    assert len(FILES) == NUM_FILES, "a YAML file came or went: cover it below, then change NUM_FILES"
+    covered = {*PRIMARY, *GROUPS}
+    assert {file.split("/")[0] for file in FILES} == covered, "a folder or primary file without a check, or none left"
+
+
+def test_every_replacement_and_extra_names_a_file() -> None:
+    assert {f"{name}.yaml" for name in [*REPLACEMENTS, *EXTRAS]} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_composes_and_instantiates(file: str, compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    name = file.removesuffix(".yaml")
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name], reason=f"needs the extra {EXTRAS[name]!r}")
+    if "/" not in name:
+        PRIMARY[file](compose, tiny_overrides, tmp_path)
+        return
+    group, choice = name.split("/", 1)
+    GROUPS[group](choice, compose, tiny_overrides)
+
+
+# ---------------------------------------------------------------------- primary configurations
+
+
+def check_train(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    config = compose("train", *tiny_overrides())
+    module, data, trainer = built(config)
+    assert module.model.settings.num_passages == 3
+    assert data.batch_size == 4
+    assert trainer.max_steps == 200
+    assert recordable(config)["data"]["index_dir"] == str(tmp_path / "run" / "index")
+
+
+def check_evaluate(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    config = compose("evaluate", "checkpoint=RUN", f"paths.run_dir={tmp_path}", "data.test=F")
+    data = instantiate(config.data)
+    assert data.paths == {"train": None, "validation": None, "test": "F"}
+    trainer = build_trainer(config, config.callbacks)
+    assert trainer.loggers == []
+    settings, options = RagSettings(), DecodingOptions()
+    assert decoding_of(settings, options, config.decoding, config.num_passages) == (settings, options)
+
+
+def check_index(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    encoder = [text for text in tiny_overrides() if text.startswith("encoder")]
+    config = compose("index", "action=build", f"paths.run_dir={tmp_path}", *encoder)
+    assert isinstance(instantiate(config.encoder), BiEncoder)
+    assert config.index.factory == "exact"
+
+
+def check_predict(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    config = compose("predict", "checkpoint=RUN", "question='who?'", "decoding.num_beams=4", "num_passages=7")
+    settings, options = decoding_of(RagSettings(), DecodingOptions(), config.decoding, config.num_passages)
+    assert settings == replace(RagSettings(), num_passages=7)
+    assert options == replace(DecodingOptions(), num_beams=4)
+
+
+def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    config = compose("report", "runs=outputs/x", "order=[b,a]")
+    assert OmegaConf.to_container(config, resolve=True) == {"runs": "outputs/x", "order": ["b", "a"]}
+
+
+PRIMARY = {
+    "train.yaml": check_train,
+    "evaluate.yaml": check_evaluate,
+    "index.yaml": check_index,
+    "predict.yaml": check_predict,
+    "report.yaml": check_report,
+}
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def check_choice(group: str) -> Callable[[str, Compose, Any], None]:
+    """Returns the check of a group whose choices build a whole run."""
+
+    def check(name: str, compose: Compose, tiny_overrides: Any) -> None:
+        built(compose("train", *tiny_overrides(group, name)))
+
+    return check
+
+
+def check_paths(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("paths", name), with_hydra=True)
+    OmegaConf.set_readonly(config.hydra, False)
+    config.hydra.runtime.output_dir = "somewhere"
+    HydraConfig.instance().set_config(config)
+    assert config.paths.run_dir == "somewhere"
+    assert config.data.cache_dir == config.paths.cache_dir
+
+
+def check_data(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    files = [text for text in tiny_overrides() if text.startswith("data.")] if name == "base" else []
+    _, data, _ = built(compose("train", *tiny_overrides("data", name), *files))
+    for path in (data.passages, *data.paths.values()):
+        assert path is not None
+        assert resolve(path).is_file()
+
+
+def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("index", name))
+    _, data, _ = built(config)
+    assert data.factory == config.index.factory
+    vectors_ND = torch.randn(2600, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"nprobe": config.index.nprobe, "ef_search": config.index.ef_search}
+    index = build_index(vectors_ND, factory=config.index.factory, **settings)
+    scores_BK, ids_BK = index.search(vectors_ND[:4] * 100, 3)
+    assert ids_BK.shape == scores_BK.shape == (4, 3)
+    assert index.num_vectors == 2600
+
+
+def check_optim(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("optim", name))
+    module, _, _ = built(config)
+    assert module.optim == OptimSettings(**{k: v for k, v in config.optim.items() if k != "_target_"})
+
+
+def check_trainer(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("trainer", name))
+    if name in ("base", "cpu"):
+        assert type(built(config)[2].strategy).__name__ == "SingleDeviceStrategy"
+        return
+    strategies = {"gpu": ("SingleDeviceStrategy", 1), "ddp": ("DDPStrategy", 2), "slurm": ("DDPStrategy", 2)}
+    strategy, devices = strategies.get(name, ("", 2))
+    assert config.trainer.accelerator == "gpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(Exception, match=r"No supported gpu backend found") as caught:
+            built(config)
+        assert isinstance(caught.value.__cause__, MisconfigurationException)
+    on_cpu = compose("train", *tiny_overrides("trainer", name), "trainer.accelerator=cpu", f"trainer.devices={devices}")
+    if name in strategies:
+        assert type(built(on_cpu)[2].strategy).__name__ == strategy
+        return
+    reason = {"fsdp": "fsdp` requires a GPU", "deepspeed": "DeepSpeed|deepspeed"}[name]
+    with pytest.raises(Exception, match=reason):
+        built(on_cpu)
+    if name == "fsdp":
+        assert type(instantiate(config.trainer.strategy)).__name__ == "FSDPStrategy"
+
+
+def check_experiment(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("experiment", name))
+    module, _, trainer = built(config)
+    assert trainer.max_steps == config.trainer.max_steps
+    header = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"rag-lightning train experiment={name}" in header, "an experiment's header gives its command"
+    assert config.run_name == name.replace("/", "_")
+    if "closed_book" in name:
+        assert module.model.encoder is None
+
+
+def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
+    params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
+    assert params, "a sweep names what it sweeps"
+    folders = set()
+    for values in itertools.product(*params.values()):
+        chosen = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        closed_book = any("closed_book" in text for text in chosen)
+        usual = tiny_overrides("objective", "closed_book")[:-1] if closed_book else tiny_overrides()
+        job = compose("train", *usual, f"sweep={name}", *chosen, with_hydra=True)
+        folders.add(job.hydra.sweep.subdir)
+        del job.hydra
+        built(job)
+    if name == "quickstart":
+        assert whole.hydra.sweep.dir == "outputs/quickstart"
+        assert folders == {"closed_book", "frozen", "joint", "joint_reindex"}
+
+
+GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
+    **{
+        group: check_choice(group)
+        for group in ("callbacks", "debug", "decoding", "encoder", "generator", "logger", "objective", "reindex")
+    },
+    "data": check_data,
+    "experiment": check_experiment,
+    "index": check_index_choice,
+    "optim": check_optim,
+    "paths": check_paths,
+    "sweep": check_sweep,
+    "trainer": check_trainer,
+}
+
+
+# ---------------------------------------------------------------------- particular values
+
+
+def test_debug_fast_is_two_steps(compose: Compose, tiny_overrides: Any) -> None:
+    trainer = built(compose("train", *tiny_overrides("debug", "fast")))[2]
+    assert (trainer.max_steps, trainer.limit_val_batches, trainer.limit_test_batches) == (2, 2, 2)
+
+
+def test_without_validation_the_last_checkpoint_is_kept(compose: Compose, tiny_overrides: Any) -> None:
+    trainer = built(compose("train", *tiny_overrides("callbacks", "no_validation")))[2]
+    assert trainer.checkpoint_callback is not None
+    assert trainer.checkpoint_callback.monitor is None
+
+
+def test_films_joint_reindex_is_joint_plus_the_passage_encoder(compose: Compose, tiny_overrides: Any) -> None:
+    joint = compose("train", *tiny_overrides("experiment", "films/joint"))
+    reindex = compose("train", *tiny_overrides("experiment", "films/joint_reindex"))
+    differences = {
+        key for key in joint if key in reindex and recordable(joint).get(key) != recordable(reindex).get(key)
+    }
+    assert differences == {"run_name", "optim", "reindex", "callbacks"}
+    assert reindex.optim.train_passage_encoder
+    assert "passage_encoder" in build_run(reindex)[0].trained
+
+
+@pytest.mark.parametrize("secret", ["${oc.env:A_SECRET}", "x${oc.env:A_SECRET,none}y", "${other}/z"])
+def test_what_comes_from_the_environment_is_recorded_as_it_was_written(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "s3cret")
+    config = OmegaConf.create({"place": [secret], "other": "${oc.env:A_SECRET}", "number": 3, "same": "${number}"})
+    assert "s3cret" in config.place[0]
+    recorded = recordable(config)
+    assert "s3cret" not in str(recorded)
+    assert recorded["same"] == 3
+    assert OmegaConf.create(recorded).place[0] == config.place[0], "loaded again, it is read again"
+
+
+def bundled_model() -> Sequence[str]:
+    """Returns what is missing of the bundled warm-up model."""
+    missing = []
+    for part in ("encoder", "generator"):
+        try:
+            resolve(f"bundled:films/model/{part}")
+        except MissingFileError:
+            missing.append(part)
+    return missing
+
+
+@pytest.mark.skipif(bool(bundled_model()), reason="the bundled model is not made yet: make films-model")
+@pytest.mark.parametrize("overrides", [(), ("experiment=films/joint",), ("experiment=films/closed_book",)])
+def test_the_defaults_build_from_the_bundled_model(
+    overrides: tuple[str, ...], compose: Compose, tmp_path: Path
+) -> None:
+    module, data, _ = built(compose("train", *overrides, f"paths.run_dir={tmp_path}"))
+    assert data.passages == "bundled:films/passages.jsonl.gz"
+    assert sum(parameter.numel() for parameter in module.model.parameters()) > 1e6

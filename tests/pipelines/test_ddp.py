@@ -1,0 +1,211 @@
+"""Two processes are one: the same losses, weights and figures as a single process, with batches that do not divide."""
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from lightning.pytorch.strategies import FSDPStrategy
+from safetensors.torch import load_file
+
+from rag_lightning.cli.build import build_trainer, instantiate
+from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+
+pytestmark = pytest.mark.ddp
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
+
+
+def command(folder: Path, *overrides: str, processes: int) -> list[str]:
+    strategy = ["trainer.strategy=ddp", f"trainer.devices={processes}"]
+    return [sys.executable, "-m", "rag_lightning", "train", *overrides, *strategy, f"hydra.run.dir={folder}"]
+
+
+def train(folder: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does; Lightning starts the second process."""
+    return subprocess.run(
+        command(folder, *overrides, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def column(folder: Path, name: str, version: int = 0) -> dict[int, float]:
+    with (folder / "logs" / f"version_{version}" / "metrics.csv").open() as stream:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(stream) if row.get(name)}
+
+
+SETTINGS = [
+    "trainer.max_steps=7",
+    "trainer.log_every_n_steps=1",
+    "optim.warmup_steps=2",
+    "optim.lr_query_encoder=1e-2",
+    "optim.lr_passage_encoder=1e-2",
+    "optim.lr_generator=1e-2",
+    "optim.eps=1e-3",  # a denominator of 1e-8 would magnify rounding
+    "data.batch_size=5",
+    "data.eval_batch_size=3",
+    "generator.settings.dropout=0",
+    "callbacks=no_validation",
+    "trainer.check_val_every_n_epoch=2",
+]
+JOINT = ["objective=rag_token", "optim.train_passage_encoder=true", "reindex.schedule=2"]
+ACCUMULATED = [
+    "objective=rag_sequence",
+    "trainer.accumulate_grad_batches=2",
+    "data.batch_size=3",
+    "trainer.check_val_every_n_epoch=1",
+    "data.validation=null",
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_overrides, tiny_data_overrides, tiny_questions, json_lines, tmp_path_factory):
+    """11 questions in batches of 5, 5 and 1: the second is odd, the last leaves a process without a question."""
+    path = json_lines(tmp_path_factory.mktemp("ddp") / "train.jsonl", tiny_questions[:11])
+    return [*tiny_model_overrides, *tiny_data_overrides, f"data.train={path}", *SETTINGS]
+
+
+def figures(folder: Path) -> dict[str, float]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+def predictions(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    loaded = {}
+    for file in (folder / "model").rglob("*.safetensors"):
+        loaded |= {f"{file.parent.name}/{name}": value for name, value in load_file(file).items()}
+    return loaded
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for name, tolerance in (("train/loss", 1e-5), ("train/posterior_entropy", 1e-3), ("index/age_steps", 0.0)):
+        mine, other = column(one, name), column(two, name)
+        assert len(mine) >= 6
+        assert other == pytest.approx(mine, rel=tolerance), name
+    losses = list(column(one, "train/loss").values())
+    assert min(losses) < losses[0] - 0.5  # something was learned
+    assert figures(two) == pytest.approx(figures(one), rel=1e-4, abs=1e-4)
+    for mine, other in zip(predictions(one), predictions(two), strict=True):
+        assert (mine["id"], mine["answer"]) == (other["id"], other["answer"])
+        assert [p["id"] for p in mine["passages"]] == [p["id"] for p in other["passages"]]
+        assert mine["log_likelihood"] == pytest.approx(other["log_likelihood"], rel=1e-4)
+    ours, theirs = weights(one), weights(two)
+    assert len(ours) > 20
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.fixture(scope="module")
+def joint_one(cli, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joint") / "one"
+    cli("train", folder, *settings, *JOINT)
+    return folder
+
+
+def test_two_processes_are_one_with_uneven_batches_and_reindexing(joint_one, settings, tmp_path):
+    done = train(tmp_path / "two", *settings, *JOINT, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Starting with 2 processes" in done.stderr
+    assert_same_run(joint_one, tmp_path / "two")
+    names = [sorted(path.name[:12] for path in (folder / "index").iterdir()) for folder in (joint_one, tmp_path / "two")]
+    assert names[0] == names[1] == [f"step{step:08d}" for step in (0, 2, 4, 6, 7)]  # 7 for the test
+    for path in (tmp_path / "two" / "index").iterdir():
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert manifest["num_vectors"] == 24  # both processes' shards
+
+
+def test_two_processes_accumulate_as_one(cli, settings, tmp_path):
+    cli("train", tmp_path / "one", *settings, *ACCUMULATED)
+    done = train(tmp_path / "two", *settings, *ACCUMULATED, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_ctrl_c_ends_both_processes_and_the_run_goes_on_with_one(joint_one, cli, settings, tmp_path):
+    """The terminal interrupts both; they end at the same step, and what they leave suits any number of processes."""
+    folder = tmp_path / "run"
+    process = start(folder, *settings, *JOINT, "trainer.max_steps=100000", processes=2)
+    try:
+        wait_until(lambda: (folder / "index").is_dir() and len(list((folder / "index").glob("step*"))) > 1, process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        end_group(process)
+    assert process.returncode == 1, errors[-3000:]
+    assert "Ctrl-C: ending after this step" in output
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    stopped_at = checkpoint["global_step"]
+    assert stopped_at >= 2
+    assert not (folder / "model").exists()
+    alone = ["trainer.strategy=auto", "trainer.devices=1"]
+    cli("train", folder, f"resume={folder}", f"trainer.max_steps={stopped_at + 3}", *alone)
+    assert (folder / "model" / "rag_config.json").is_file()
+    resumed = column(folder, "train/loss", version=1)
+    assert list(resumed) == list(range(stopped_at, stopped_at + 3))
+
+
+def start(folder: Path, *overrides: str, processes: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(folder, *overrides, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, as a terminal gives it
+    )
+
+
+def wait_until(condition, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def test_fsdp_composes_and_needs_a_gpu(settings, tmp_path):
+    """Lightning refuses the strategy on CPU when the trainer is made, so two steps of it can only be tried on GPUs."""
+    register_resolvers()
+    overrides = ["trainer=fsdp", "trainer.devices=2", f"paths.run_dir={tmp_path}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        config = compose("train", overrides=[*settings, *overrides, "trainer.accelerator=cpu"])
+        assert compose("train", overrides=[*settings, *overrides]).trainer.accelerator == "gpu"
+    strategy = instantiate(config.trainer.strategy)
+    assert isinstance(strategy, FSDPStrategy)
+    with pytest.raises(InstantiationException, match="`fsdp` requires a GPU accelerator, but received .*cpu"):
+        build_trainer(config, None)
