@@ -6,6 +6,7 @@ and gives ``p(y_t | x, z, y_<t)``; :mod:`rag_lightning.losses.marginal` sums the
 query encoder through ``p(z|x)``: a passage that explains the answer better than its rivals is drawn nearer.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class RagModel(nn.Module):
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: DenseRetriever | None = None
+        self._told_of_cut_questions = False
         if encoder is None and self.settings.num_passages > 0:
             raise ConfigError("a model without an encoder cannot retrieve: set num_passages=0 or give an encoder")
 
@@ -226,6 +230,16 @@ class RagModel(nn.Module):
         texts = [self.prompt.question_text(question) for question in questions]
         encoded = self._generator_tokenizer()(texts, add_special_tokens=False)["input_ids"]
         limit = self.prompt.max_tokens // 2
+        num_cut = sum(len(ids) > limit for ids in encoded)
+        if num_cut > 0 and not self._told_of_cut_questions:
+            self._told_of_cut_questions = True
+            logger.warning(
+                "%d of %d questions are longer than half of prompt.max_tokens=%d and are cut there; further ones will "
+                "be cut without a message. Raise model.prompt.max_tokens.",
+                num_cut,
+                len(encoded),
+                self.prompt.max_tokens,
+            )
         return pad_sequences([ids[:limit] for ids in encoded], self.generator.pad_token_id)
 
     def target_tokens(self, answers: Sequence[str]) -> Int[Tensor, "B T1"]:

@@ -73,7 +73,15 @@ def hermetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED", "RAG_LIGHTNING_COMMAND"):
+    for name in (
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NODE_RANK",
+        "PL_GLOBAL_SEED",
+        "RAG_LIGHTNING_COMMAND",
+    ):
         monkeypatch.delenv(name, raising=False)
     yield
     GlobalHydra.instance().clear()
@@ -204,9 +212,7 @@ def tiny_generator(tiny_world: TinyWorld) -> Callable[..., Seq2SeqGenerator]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(
-    tiny_encoder: Callable[..., BiEncoder], tiny_generator: Callable[..., Seq2SeqGenerator]
-) -> ModelBuilder:
+def tiny_model(tiny_encoder: Callable[..., BiEncoder], tiny_generator: Callable[..., Seq2SeqGenerator]) -> ModelBuilder:
     """Returns a builder of seeded models; K = 3."""
 
     def build(

@@ -51,11 +51,9 @@ def show(prediction: Prediction, question: Question) -> None:
     """Prints an answer, and its passages with prior and posterior."""
     console = Console(highlight=False)
     console.print(f"\n[bold]{escape(prediction.question)}[/bold]", soft_wrap=True)
-    gold = f"   (accepted: {', '.join(question.answers)})" if question.answers else ""
-    console.print(
-        f"  answer: [bold]{escape(prediction.answer)}[/bold]   log p(y|x) = {prediction.log_likelihood:.2f}{escape(gold)}",
-        soft_wrap=True,
-    )
+    gold = escape(f"   (accepted: {', '.join(question.answers)})") if question.answers else ""
+    answer = f"[bold]{escape(prediction.answer)}[/bold]"
+    console.print(f"  answer: {answer}   log p(y|x) = {prediction.log_likelihood:.2f}{gold}", soft_wrap=True)
     for passage in prediction.passages:
         console.print(
             f"  p(z|x) {passage.probability:5.1%}   p(z|x,y) {passage.posterior:5.1%}   "

@@ -53,9 +53,7 @@ def inverse_cloze(passage: Passage, rng: random.Random, keep_probability: float 
     return sentences[chosen], " ".join(rest)
 
 
-def span_repeat(
-    passage: Passage, rng: random.Random, *, min_words: int = 2, max_words: int = 8
-) -> tuple[str, str]:
+def span_repeat(passage: Passage, rng: random.Random, *, min_words: int = 2, max_words: int = 5) -> tuple[str, str]:
     """Returns consecutive words of the passage as question, and the same words as answer: the plainest copying.
 
     A reader learns to copy from it before it learns what to copy; :func:`span_copy` asks for both at once and takes

@@ -24,9 +24,9 @@ from rag_lightning.corpora.places import model_place
 from rag_lightning.encoders import word_embeddings  # noqa: F401 (registers the model type with AutoModel)
 from rag_lightning.encoders.pooling import check_pooling, pool_cls, pool_mean, unit_length
 from rag_lightning.errors import CheckpointError, ConfigError
-from rag_lightning.text.tokenizers import load_tokenizer
+from rag_lightning.text.tokenizers import load_tokenizer, tokenizer_hash
 from rag_lightning.types import Passage, TokenBatch
-from rag_lightning.utils.hashing import hash_tensors
+from rag_lightning.utils.hashing import hash_tensors, hash_texts
 
 
 class Tower(nn.Module):
@@ -249,8 +249,17 @@ class BiEncoder(nn.Module):
         return self.passage_template.format(title=passage.title, text=passage.text, sep=separator).strip()
 
     def passage_hash(self) -> str:
-        """Returns the content hash of the passage tower: an index belongs to exactly one."""
-        return hash_tensors(dict(self.passage_tower().state_dict()))
+        """Returns the hash of all that decides a passage's vector: weights, pooling, template, limit, tokenizer.
+
+        An index belongs to exactly one.
+        """
+        tower = self.passage_tower()
+        decides = [
+            hash_tensors(dict(tower.state_dict())),
+            f"{tower.pooling} {tower.normalise} {self.passage_template} {self.max_passage_tokens}",
+            tokenizer_hash(self.tokenizer) if self.tokenizer is not None else "no tokenizer",
+        ]
+        return hash_texts(decides)
 
     def passage_tower(self) -> Tower:
         """Returns the passage tower.

@@ -26,8 +26,8 @@ def in_batch_contrastive(
     Raises:
         ValueError: A column out of range, or fewer than two passages (the loss would be 0 and teach nothing).
 
-    >>> in_batch_contrastive(torch.zeros(2, 2), torch.tensor([0, 1])).exp()
-    tensor([2.0000, 2.0000])
+    >>> in_batch_contrastive(torch.zeros(2, 2), torch.tensor([0, 1]))  # log 2
+    tensor([0.6931, 0.6931])
     """
     if scores_BN.shape[1] < 2:
         raise ValueError(f"expected at least two passages to contrast, got {scores_BN.shape[1]}: raise the batch size")

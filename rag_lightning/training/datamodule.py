@@ -249,16 +249,24 @@ class RagDataModule(L.LightningDataModule):
 
     def _examples(self, split: str, kind: ExampleKind, limit: int | None = None) -> Examples:
         if kind == "inverse_cloze":
-            return InverseClozeExamples(self.corpus)
+            return InverseClozeExamples(self.corpus, rows=self._rows_to_practise_on())
         questions: Sequence[Question] = self.questions[split][:limit]
         if kind == "denoising":
             mask = getattr(self.assembler.tokenizer, "mask_token", None)
-            return DenoisingExamples(
-                questions, self.corpus, mask=mask if mask is not None else "...", **self.denoising
-            )
+            return DenoisingExamples(questions, self.corpus, mask=mask if mask is not None else "...", **self.denoising)
         sampled = self.sample_answers and split == "train"
         with_passage = kind == "gold_passages"
         return QuestionExamples(questions, self._corpus, sample_answers=sampled, with_passage=with_passage)
+
+    def _rows_to_practise_on(self) -> list[int]:
+        """Returns the passages that warm-up may read: none that a validation or test question is about."""
+        held_out = {
+            passage_id
+            for split in ("validation", "test")
+            for question in self.questions.get(split, ())
+            for passage_id in question.positive_passage_ids
+        }
+        return [row for row, passage in enumerate(self.corpus) if passage.id not in held_out]
 
     def _loader(self, examples: Examples, batch_size: int, *, shuffle: bool) -> QuestionLoader:
         collate = Collator(self.model, assembler=self.assembler, passage_tokens=self._passage_tokens)

@@ -111,22 +111,27 @@ class InverseClozeExamples:
 
     Args:
         corpus: The passages; no questions are needed.
+        rows: Which of them to read; all by default.
         keep_probability: How often the sentence stays in its passage, so that matching words is learned too.
     """
 
-    def __init__(self, corpus: PassageCorpus, *, keep_probability: float = 0.1) -> None:
+    def __init__(
+        self, corpus: PassageCorpus, *, rows: Sequence[int] | None = None, keep_probability: float = 0.1
+    ) -> None:
         self.corpus = corpus
+        self.rows: Sequence[int] = rows if rows is not None else range(len(corpus))
         self.keep_probability = keep_probability
 
     def __len__(self) -> int:
-        return len(self.corpus)
+        return len(self.rows)
 
     def draw(self, position: int, rng: random.Random) -> Example:
         """Returns a fresh sentence of the passage."""
-        passage = self.corpus[position]
+        row = self.rows[position]
+        passage = self.corpus[row]
         sentence, rest = inverse_cloze(passage, rng, self.keep_probability)
         question = Question(f"cloze-{passage.id}", sentence, ())
-        return Example(question, "", position, Passage(passage.id, passage.title, rest))
+        return Example(question, "", row, Passage(passage.id, passage.title, rest))
 
 
 class DenoisingExamples:
@@ -141,6 +146,7 @@ class DenoisingExamples:
     Args:
         questions: Questions with gold passages.
         corpus: The passages.
+        rows: Which of them to take spans and names from; all by default.
         rename_share: Share of renamed examples.
         copy_share: Share of span examples among all.
         infill_share: Share of masked spans among the span examples; the others repeat a span.
@@ -155,6 +161,7 @@ class DenoisingExamples:
         questions: Sequence[Question],
         corpus: PassageCorpus,
         *,
+        rows: Sequence[int] | None = None,
         rename_share: float = 0.9,
         copy_share: float = 0.3,
         infill_share: float = 0.0,
@@ -168,11 +175,12 @@ class DenoisingExamples:
                 raise ConfigError(f"{name}: expected a share from 0 to 1, got {share}")
         self.golden = QuestionExamples(questions, corpus, sample_answers=True, with_passage=True)
         self.corpus = corpus
+        self.rows: Sequence[int] = rows if rows is not None else range(len(corpus))
         self.rename_share = rename_share
         self.copy_share = copy_share
         self.infill_share = infill_share
         self.mask = mask
-        texts = [f"{passage.title} {passage.text}" for passage in corpus]
+        texts = [f"{corpus[row].title} {corpus[row].text}" for row in self.rows]
         texts += [question.question for question in questions]
         self._rare = frozenset(rare_words(texts, rare_count))
         # words met once are no new names: most fall into many pieces, and spelling is not the lesson
@@ -190,7 +198,7 @@ class DenoisingExamples:
         return self._renamed(example, rng) if rng.random() < self.rename_share else example
 
     def _copied(self, rng: random.Random) -> Example:
-        row = rng.randrange(len(self.corpus))
+        row = rng.choice(self.rows)
         passage = self.corpus[row]
         if rng.random() < self.rename_share:
             passage, _, _ = self._rename(passage, "", "", rng)  # before a hole is cut: its sign is no word

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rag_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
+from rag_lightning.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rag_lightning.losses.marginal import rag_token_log_likelihood
 from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
@@ -79,6 +79,7 @@ class RagLightningModule(L.LightningModule):
         self.diagnostics: DiagnosticMetrics | None = None
         self.predictions: list[Prediction] = []
         self._nll_and_count = torch.zeros(2, dtype=torch.float64)
+        self.train()  # pretrained parts come in evaluation mode, and Lightning leaves modes as they are
 
     # ------------------------------------------------------------------ training
 
@@ -91,7 +92,11 @@ class RagLightningModule(L.LightningModule):
 
     def training_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch; refuses one that is not finite."""
-        outcome = self.objective(self.model, batch, self._sources(reencode="passage_encoder" in self.trained))
+        try:
+            outcome = self.objective(self.model, batch, self._sources(reencode="passage_encoder" in self.trained))
+        except DataError as error:  # such as query vectors that are not finite: no loss is reached
+            ids = ", ".join(question.id for question in batch.questions[:8])
+            raise DataError(f"step {self.global_step} (batch {batch_idx}, questions {ids}, …): {error}") from error
         figures = self._training_figures(outcome, batch)
         if not math.isfinite(figures["train/loss"]):  # over all processes, so that all stop together
             self._refuse(outcome, batch, batch_idx)
@@ -246,10 +251,8 @@ class RagLightningModule(L.LightningModule):
         values |= {f"answer_{name}": value for name, value in self._metric("answer_in_passage").compute().items()}
         if self.diagnostics is not None:
             values |= self.diagnostics.compute()
-            if self.global_step > 0:  # how old a finished model's index was is not known any more
-                age = (
-                    self.global_step - self.data.snapshot_step if stage == "val" else 0
-                )  # a test's index is made fresh
+            # a test's index is of the passage tower as it is
+            age = self.global_step - self.data.snapshot_step if stage == "val" else 0
             values["index_age_steps"] = torch.tensor(float(age))
         nll, count = torch.tensor(distributed.gather_objects(self._nll_and_count.tolist())).sum(dim=0)
         if count > 0:

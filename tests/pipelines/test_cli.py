@@ -22,7 +22,7 @@ from rag_lightning.metrics.answers import exact_match, token_f1
 from rag_lightning.utils.io import read_json
 
 Cli = Callable[..., None]
-NOT_COMPARED = {"seconds", "index_age_steps", "num_questions"}
+NOT_COMPARED = {"seconds", "num_questions"}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -120,6 +120,28 @@ def test_a_closed_book_run_has_no_passages(closed_book_dir: Path) -> None:
     assert not (closed_book_dir / "index").exists()
     (prediction,) = RagModel.from_pretrained(closed_book_dir / "model").generate(["who made Amber"])
     assert prediction.passages == ()
+
+
+def test_a_run_is_resumed_with_its_own_configuration(
+    cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "s3cret")
+    folder = tmp_path / "run"
+    cli("train", folder, *tiny_train, "data.test=null", f"data.cache_dir='{tmp_path}/${{oc.env:A_SECRET}}'")
+    cli("train", folder, f"resume={folder}", "trainer.max_steps=4")
+    steps = []
+    for version in (0, 1):
+        with (folder / "logs" / f"version_{version}" / "metrics.csv").open(encoding="utf-8") as stream:
+            steps.append([int(row["step"]) for row in csv.DictReader(stream) if row["train/loss"]])
+    assert steps == [[0, 1], [2, 3]]
+    written = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert "max_steps: 4" in written
+    assert "${oc.env:A_SECRET}" in written
+    assert "s3cret" not in written
+    message = refusal(cli, folder, "train", f"resume={folder}", "objective=rag_sequence")
+    assert "resume: expected plain values such as trainer.max_steps=500, got objective=rag_sequence" in message
+    message = refusal(cli, tmp_path / "other", "train", f"resume={tmp_path / 'other'}")
+    assert "resume: expected a run folder with config.yaml" in message
 
 
 def test_a_sweep_trains_every_combination(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:

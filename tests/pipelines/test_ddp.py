@@ -48,7 +48,7 @@ def train(folder: Path, *overrides: str, processes: int) -> subprocess.Completed
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
 
@@ -135,7 +135,9 @@ def test_two_processes_are_one_with_uneven_batches_and_reindexing(joint_one, set
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Starting with 2 processes" in done.stderr
     assert_same_run(joint_one, tmp_path / "two")
-    names = [sorted(path.name[:12] for path in (folder / "index").iterdir()) for folder in (joint_one, tmp_path / "two")]
+    names = [
+        sorted(path.name[:12] for path in (folder / "index").iterdir()) for folder in (joint_one, tmp_path / "two")
+    ]
     assert names[0] == names[1] == [f"step{step:08d}" for step in (0, 2, 4, 6, 7)]  # 7 for the test
     for path in (tmp_path / "two" / "index").iterdir():
         manifest = json.loads((path / "manifest.json").read_text())
@@ -156,7 +158,7 @@ def test_ctrl_c_ends_both_processes_and_the_run_goes_on_with_one(joint_one, cli,
     try:
         wait_until(lambda: (folder / "index").is_dir() and len(list((folder / "index").glob("step*"))) > 1, process)
         os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=200)
     finally:
         end_group(process)
     assert process.returncode == 1, errors[-3000:]
@@ -184,7 +186,7 @@ def start(folder: Path, *overrides: str, processes: int) -> subprocess.Popen[str
     )
 
 
-def wait_until(condition, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def wait_until(condition, process: subprocess.Popen[str], timeout_s: float = 250) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()[1][-3000:]

@@ -133,7 +133,9 @@ def test_resume_from_a_checkpoint_saved_in_passing_and_at_validation(
     every_step = ModelCheckpoint(
         dirpath=tmp_path / "every", filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=False
     )
-    at_validation = ModelCheckpoint(dirpath=tmp_path / "validation", filename="{step}", monitor="val/nll", save_top_k=-1)
+    at_validation = ModelCheckpoint(
+        dirpath=tmp_path / "validation", filename="{step}", monitor="val/nll", save_top_k=-1
+    )
     whole = tiny_run(model=tiny_model(dropout=0.2), callbacks=[every_step, at_validation], **settings).fit()
     saved = {int(path.stem.split("=")[1]): path for path in (tmp_path / "every").glob("step=*.ckpt")}
     assert set(saved) == set(range(1, 10))

@@ -1,8 +1,8 @@
 """Packs the film world's warmed-up model: ``python -m rag_lightning.corpora.films.pack RETRIEVER_RUN READER_RUN``.
 
 Takes the query tower of a run of ``experiment=films/warm_retriever`` and the generator of one of
-``experiment=films/warm_reader``, halves their precision (float16, safetensors) and puts them into ``model/`` beside this
-file, with the configuration of both runs. ``make films-model`` does all three steps.
+``experiment=films/warm_reader``, halves their precision (float16, safetensors) and puts them into ``model/`` beside
+this file, with the configuration of both runs. ``make films-model`` does all three steps.
 """
 
 import argparse

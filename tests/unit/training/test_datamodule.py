@@ -78,9 +78,7 @@ def test_warm_up_objectives_name_the_question_without_gold_passage(tiny_run, jso
     path = json_lines(tmp_path / "bare.jsonl", [{"id": "bare", "question": "who made Amber", "answers": ["Ada Ash"]}])
     for objective in (Denoising(), Contrastive()):
         with pytest.raises(DataError, match="question 'bare' has no positive_passage_ids"):
-            tiny_run(
-                objective=objective, data={"train": str(path)}, optim={"train_passage_encoder": True}
-            ).fit()
+            tiny_run(objective=objective, data={"train": str(path)}, optim={"train_passage_encoder": True}).fit()
 
 
 def test_inverse_cloze_needs_no_questions(tiny_run):

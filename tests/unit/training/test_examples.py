@@ -101,13 +101,28 @@ def test_renamed_examples_can_still_be_read_and_no_longer_remembered(questions, 
         assert example.answer not in record.answers
         assert example.question.answers == (example.answer,)
         assert "<mask>" not in example.question.question
-    for example in drawn(DenoisingExamples(questions, corpus, copy_share=1.0, mask="[HOLE]"), 100):
+
+
+def test_span_examples_repeat_or_restore_words_of_their_passage(questions, corpus):
+    for example in drawn(DenoisingExamples(questions, corpus, copy_share=1.0, infill_share=1.0, mask="[HOLE]"), 100):
         assert "[HOLE]" in example.question.question
         assert example.question.question.replace("[HOLE]", example.answer) in example.passage.text
         assert example.passage.id == corpus[example.positive_row].id
+    for example in drawn(DenoisingExamples(questions, corpus, copy_share=1.0), 100):
+        assert example.answer == example.question.question
+        assert example.answer in f"{example.passage.title} {example.passage.text}"
+    both = drawn(DenoisingExamples(questions, corpus, copy_share=1.0, infill_share=0.5), 400)
+    assert 150 < sum("<mask>" in example.question.question for example in both) < 250
 
 
-@pytest.mark.parametrize("name", ["rename_share", "copy_share"])
+def test_new_names_come_from_a_small_set_that_is_always_the_same(questions, corpus):
+    few, again = (DenoisingExamples(questions, corpus, num_names=8).pool for _ in range(2))
+    assert few == again
+    assert len(few) == 8
+    assert set(few) < set(DenoisingExamples(questions, corpus).pool)
+
+
+@pytest.mark.parametrize("name", ["rename_share", "copy_share", "infill_share"])
 def test_shares_are_shares(name, questions, corpus):
     with pytest.raises(ConfigError, match=f"{name}: expected a share from 0 to 1, got 1.5"):
         DenoisingExamples(questions, corpus, **{name: 1.5})

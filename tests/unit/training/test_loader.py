@@ -34,9 +34,7 @@ def loader(length: int, **settings: object) -> QuestionLoader:
     return QuestionLoader(Numbers(length), pairs, **{"batch_size": 4, "shuffle": True, **settings})
 
 
-@given(
-    length=st.integers(1, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), seed=st.integers(0, 5)
-)
+@given(length=st.integers(1, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), seed=st.integers(0, 5))
 def test_processes_share_each_batch_without_loss_or_repetition(length, batch_size, world_size, seed):
     batch_size = max(batch_size, world_size)
     settings = {"batch_size": batch_size, "seed": seed}
@@ -79,7 +77,7 @@ def test_a_state_at_the_end_of_an_epoch_starts_the_next_one_whole():
 
 
 def test_a_batch_that_failed_is_met_again():
-    """A loss that is not finite once skipped its batch on resume: the loader counted what it yielded, not what was done."""
+    """A non-finite loss once skipped its batch on resume: the loader counted what it yielded."""
     stopped = loader(12, num_processed=lambda: 1)
     iterator = iter(stopped)
     next(iterator), next(iterator)  # the second fails

@@ -120,9 +120,7 @@ def test_each_refresh_is_logged_with_overlap_and_age(tiny_run, tiny_world, tmp_p
 
 def test_overlap_is_that_of_the_two_indexes(tiny_run, tmp_path):
     """Against a search of both snapshots by hand."""
-    run = tiny_run(
-        schedule=4, optim=BOTH, max_steps=4, logger=CSVLogger(str(tmp_path)), log_every_n_steps=1
-    ).fit()
+    run = tiny_run(schedule=4, optim=BOTH, max_steps=4, logger=CSVLogger(str(tmp_path)), log_every_n_steps=1).fit()
     old, new = (SnapshotStore(run.data.index_dir).open(name) for name in SnapshotStore(run.data.index_dir).ids())
     run.module.eval()
     questions = run.data.questions["train"]
@@ -138,7 +136,9 @@ def test_overlap_is_that_of_the_two_indexes(tiny_run, tmp_path):
 
 
 def test_a_schedule_without_trained_passage_encoder_is_refused(tiny_run):
-    with pytest.raises(ConfigError, match="the passage encoder does not learn.*train_passage_encoder=true.*reindex=none"):
+    with pytest.raises(
+        ConfigError, match="the passage encoder does not learn.*train_passage_encoder=true.*reindex=none"
+    ):
         tiny_run(schedule=2).fit()
 
 
@@ -176,6 +176,7 @@ class FullDisk(L.Callback):
 
     def on_train_batch_start(self, trainer, *_: object) -> None:
         if trainer.global_step == self.step:
+
             def full(path, vectors):
                 path.write_bytes(b"half")
                 raise OSError(errno.ENOSPC, "No space left on device")
