@@ -2,8 +2,8 @@
 # make test           the default tests, in .venv
 # make lint types imports wheel      what .ci/run does besides
 #
-# PYTHON=python3.12 names another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA; without a GPU:
-#   make … PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# PYTHON=python3.12 names another interpreter. On Linux the default build of torch brings gigabytes of CUDA; without a GPU
+# point pip at PyTorch's CPU builds first (PIP_EXTRA_INDEX_URL).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,11 +67,16 @@ wheel: $(VENV)/.installed-dev
 
 # ---------------------------------------------------------------- how the bundled warm-up checkpoint is made
 
-# Retriever: inverse cloze on the passages. Reader: training questions on their gold passages, half of them with renamed
-# entities, and span infilling. Neither meets a validation or test question. About 15 minutes on 2 CPU cores.
+# Retriever: inverse cloze on passages, then training questions with their gold passages. Reader: training questions on their gold passages, most of them with renamed
+# entities, and spans to repeat. Neither reads a validation or test question, nor a passage that one is about.
+# About 20 minutes on 2 CPU cores.
 films-model: $(VENV)/.installed
-	$(BIN)/rag-lightning train experiment=films/warm_retriever hydra.run.dir=$(FILMS_MODEL)/retriever
-	$(BIN)/rag-lightning train experiment=films/warm_reader hydra.run.dir=$(FILMS_MODEL)/reader
+	$(BIN)/rag-lightning train experiment=films/warm_retriever_start hydra.run.dir=$(FILMS_MODEL)/retriever_start
+	$(BIN)/rag-lightning train experiment=films/warm_retriever hydra.run.dir=$(FILMS_MODEL)/retriever \
+		encoder.source=$(FILMS_MODEL)/retriever_start/model/encoder/query
+	$(BIN)/rag-lightning train experiment=films/warm_reader_start hydra.run.dir=$(FILMS_MODEL)/reader_start
+	$(BIN)/rag-lightning train experiment=films/warm_reader generator.source=$(FILMS_MODEL)/reader_start/model/generator \
+		hydra.run.dir=$(FILMS_MODEL)/reader
 	$(BIN)/python -m rag_lightning.corpora.films.pack $(FILMS_MODEL)/retriever $(FILMS_MODEL)/reader
 
 # ----------------------------------------------------------------

@@ -12,7 +12,7 @@ from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule, check_shapes
-from rag_lightning.training.objectives import ClosedBook, MarginalObjective, Objective
+from rag_lightning.training.objectives import ClosedBook, Contrastive, MarginalObjective, Objective
 from rag_lightning.training.optim import OptimSettings
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
     model, run_config = load_checkpoint(config.checkpoint)
     apply_overrides(model, config)
     data = build_data(config, model, run_config)
-    objective = objective_of(model)
+    objective = objective_of(model) if not config.retrieval_only else Contrastive()
     bind(data, model, objective)
     module = RagLightningModule(model=model, objective=objective, optim=OptimSettings())
     trainer = build_trainer(config, config.callbacks)

@@ -64,7 +64,7 @@ def wandb_run(cli: Cli, tiny_train: list[str], tmp_path_factory: pytest.TempPath
         # a setting that reads the environment: its value must not be recorded either
         secret = "data.cache_dir='" + str(folder.parent) + "/${oc.env:SECRET_TOKEN_FOR_TEST}'"
         cli("train", folder, *tiny_train, "logger=wandb", "logger.offline=true", "run_name=tracked", secret)
-        wandb.finish()
+        wandb.teardown()  # ends its service too, which writes the last of the file after finish() has returned
     (offline,) = folder.glob("wandb/offline-run-*")
     return folder, offline
 

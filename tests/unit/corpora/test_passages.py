@@ -234,9 +234,10 @@ def test_from_passages_checks_too():
 def test_resolve():
     assert resolve("some/file.jsonl") == Path("some/file.jsonl")
     assert resolve(Path("/a/b.tsv")) == Path("/a/b.tsv")
-    for name in ("bundled:films/nothing.jsonl.gz", "bundled:../errors.py", "bundled:films"):
+    for name in ("bundled:films/nothing.jsonl.gz", "bundled:../errors.py", "bundled:nothing"):
         with pytest.raises(MissingFileError, match=f"no bundled file '{name}'; there are: "):
             resolve(name)
+    assert resolve("bundled:films/tokenizer").is_dir(), "models are folders"
 
 
 def test_bundled_files_are_found_and_read():

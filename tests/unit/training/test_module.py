@@ -325,7 +325,7 @@ def test_validation_and_test_measure_what_there_is_to_measure(objective, expecte
 
 def test_figures_against_the_predictions_themselves(tiny_run, tiny_world):
     """Batches of 4 and 1: a mean of batch means would be another number."""
-    run = tiny_run(data={"test": str(tiny_world.test)}, max_steps=60, optim={"train_passage_encoder": True}, schedule=9)
+    run = tiny_run(data={"test": str(tiny_world.test)}, max_steps=15, optim={"train_passage_encoder": True}, schedule=4)
     run.fit()
     (figures,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
     questions = run.data.questions["test"]

