@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
+from rag_lightning.cli.quiet import be_quiet
 from rag_lightning.errors import RagError
 
 INSTALLED_CONF = Path(__file__).parents[1] / "conf"
@@ -83,6 +84,7 @@ def run_app(name: str, task: Callable[[DictConfig], Any], arguments: list[str]) 
     register_resolvers(swept_settings(arguments))
     sys.argv = [sys.argv[0], *arguments]  # the program stays: Lightning starts further processes by it
     os.environ[COMMAND_VARIABLE] = name
+    be_quiet()
 
     def job(config: DictConfig) -> Any:
         return speaking(task, config)

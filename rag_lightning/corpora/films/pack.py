@@ -10,12 +10,15 @@ import shutil
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from rag_lightning.utils.io import atomic_directory, existing_file
 
 WEIGHTS = "model.safetensors"
 MAX_BYTES = 8 * 2**20
+TOLD = ("run_name", "seed", "objective", "optim")
+"""What ``trained_by.yaml`` keeps of a run's configuration: nothing of the machine that it ran on."""
 
 
 def pack(retriever_run: Path, reader_run: Path, target: Path) -> int:
@@ -36,7 +39,10 @@ def pack(retriever_run: Path, reader_run: Path, target: Path) -> int:
             halved = {key: value.to(torch.float16) for key, value in weights.items()}
             save_file(halved, part / name / WEIGHTS, metadata={"format": "pt"})
             shutil.copy(existing_file(source / "config.json", f"{name} configuration"), part / name / "config.json")
-            shutil.copy(existing_file(run / "config.yaml", f"{name} run"), part / name / "trained_by.yaml")
+            settings = yaml.safe_load(existing_file(run / "config.yaml", f"{name} run").read_text(encoding="utf-8"))
+            kept = {key: settings[key] for key in TOLD}
+            (part / name / "trained_by.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+            (part / name / WEIGHTS).chmod(0o644)
         size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
         if size > MAX_BYTES:
             raise ValueError(f"the packed model has {size:,} bytes, more than the {MAX_BYTES:,} it may ship with")
