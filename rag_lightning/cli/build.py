@@ -78,8 +78,22 @@ def build_trainer(config: DictConfig, callbacks: DictConfig | None) -> L.Trainer
     fixed: dict[str, Any] = {"callbacks": chosen, "logger": logger, "use_distributed_sampler": False}
     if config.data.validation is None:
         fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
+    check_validation_interval(config.trainer.val_check_interval, config.trainer.accumulate_grad_batches)
     trainer: L.Trainer = instantiate(config.trainer, **fixed)
     return trainer
+
+
+def check_validation_interval(val_check_interval: float | None, accumulate_grad_batches: int) -> None:
+    """Refuses to validate, and so to save a checkpoint, between two optimiser steps.
+
+    Raises:
+        ConfigError: The gradients accumulated so far would be in no checkpoint, and a resumed run would go another way.
+    """
+    if isinstance(val_check_interval, int) and val_check_interval % accumulate_grad_batches != 0:
+        raise ConfigError(
+            f"trainer.val_check_interval counts batches: expected a multiple of trainer.accumulate_grad_batches="
+            f"{accumulate_grad_batches}, got {val_check_interval}, which would save checkpoints in the middle of a step"
+        )
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rag_lightning.cli.build import decoding_of, instantiate, plain, run_folder
+from rag_lightning.cli.build import check_validation_interval, decoding_of, instantiate, plain, run_folder
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag_parts import RagSettings
@@ -51,3 +51,13 @@ def test_constructors_get_plain_values() -> None:
 def test_only_a_mapping_is_plain() -> None:
     with pytest.raises(ConfigError, match=r"expected a mapping, got \[1\]"):
         plain(OmegaConf.create([1]))
+
+
+@pytest.mark.parametrize(("interval", "accumulated"), [(250, 5), (250, 1), (None, 4), (0.5, 4)])
+def test_a_validation_after_an_optimiser_step_is_fine(interval: float | None, accumulated: int) -> None:
+    check_validation_interval(interval, accumulated)
+
+
+def test_a_validation_in_the_middle_of_an_accumulation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"multiple of trainer\.accumulate_grad_batches=4, got 250"):
+        check_validation_interval(250, 4)
