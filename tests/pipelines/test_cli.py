@@ -174,6 +174,15 @@ def test_evaluate_repeats_the_test_of_training(place: str, run_dir: Path, cli: C
         assert [passage["id"] for passage in row["passages"]] == [passage["id"] for passage in other["passages"]]
 
 
+def test_evaluate_retrieval_only_repeats_the_recall_and_reads_nothing(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("evaluate", tmp_path, f"checkpoint={run_dir}", "retrieval_only=true", "trainer.enable_progress_bar=false")
+    found, trained = measures(tmp_path), measures(run_dir)
+    retrieval = {name: value for name, value in trained.items() if "recall" in name or "mrr" in name}
+    assert {name: found[name] for name in retrieval} == pytest.approx(retrieval, rel=1e-4)
+    assert "exact_match" not in found
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
 def test_evaluate_a_closed_book_run(closed_book_dir: Path, cli: Cli, tmp_path: Path) -> None:
     cli("evaluate", tmp_path, f"checkpoint={closed_book_dir}", "trainer.enable_progress_bar=false")
     assert measures(tmp_path) == pytest.approx(measures(closed_book_dir), rel=1e-4)
