@@ -259,7 +259,15 @@ class RagDataModule(L.LightningDataModule):
         return QuestionExamples(questions, self._corpus, sample_answers=sampled, with_passage=with_passage)
 
     def _rows_to_practise_on(self) -> list[int]:
-        """Returns the passages that warm-up may read: none that a validation or test question is about."""
+        """Returns the passages that warm-up may read: none that a validation or test question is about.
+
+        Only questions of files that are given can be kept out: a run without its test file is told so.
+        """
+        for split in ("validation", "test"):
+            if split not in self.questions:
+                logger.warning(
+                    "data.%s is not given: warm-up will also read the passages that its questions are about", split
+                )
         held_out = {
             passage_id
             for split in ("validation", "test")
