@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+WEIGHT_RATE = 10.0
+"""How many times faster than a vector's entries a term weight learns: ``w_t`` is stored divided by it. Adam moves every
+parameter by about its learning rate, and a weight has to go as far as 3 or 4 where an entry has the size 1/√D."""
+
 
 class WordEmbeddingsConfig(PretrainedConfig):
     """Configuration of :class:`WordEmbeddingsModel`.
@@ -58,7 +62,8 @@ class WordEmbeddingsModel(PreTrainedModel):
         return_dict: bool = True,
     ) -> BaseModelOutput:
         """Returns token states ``[N, L, D]``; the mask is for the pooling and not needed here."""
-        states_NLD: Float[Tensor, "N L D"] = self.vectors(input_ids) * self.log_weights(input_ids).exp()
+        weights_NL1: Float[Tensor, "N L 1"] = (WEIGHT_RATE * self.log_weights(input_ids)).exp()
+        states_NLD: Float[Tensor, "N L D"] = self.vectors(input_ids) * weights_NL1
         return BaseModelOutput(last_hidden_state=states_NLD)
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
+from rag_lightning.generators.mimetic import start_mimetic
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
 
@@ -87,17 +88,23 @@ class Seq2SeqGenerator(nn.Module):
             self.tokenizer.save_pretrained(directory)
 
     @classmethod
-    def from_config(cls, *, model_type: str, settings: dict[str, Any], tokenizer: str) -> "Seq2SeqGenerator":
+    def from_config(
+        cls, *, model_type: str, settings: dict[str, Any], tokenizer: str, mimetic_init: bool = False
+    ) -> "Seq2SeqGenerator":
         """Builds a randomly initialised model whose vocabulary and special tokens are the tokenizer's.
 
         Args:
             model_type: A transformers model type such as ``bart`` or ``t5``.
             settings: Fields of that type's configuration (layers, dimensions, dropout).
             tokenizer: Folder, hub id or ``bundled:`` folder of the tokenizer.
+            mimetic_init: Start ready to copy, see :mod:`rag_lightning.generators.mimetic`; for BART's shape.
         """
         tokens = load_tokenizer(model_place(tokenizer))
         config = AutoConfig.for_model(model_type, **{**_special_ids(tokens), "vocab_size": len(tokens), **settings})
-        return cls(model=AutoModelForSeq2SeqLM.from_config(config), tokenizer=tokens)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+        if mimetic_init:
+            start_mimetic(model)
+        return cls(model=model, tokenizer=tokens)
 
     @classmethod
     def from_encoders(cls, *, encoder: str, decoder: str, tokenizer: str | None = None) -> "Seq2SeqGenerator":

@@ -253,7 +253,14 @@ class RagDataModule(L.LightningDataModule):
         questions: Sequence[Question] = self.questions[split][:limit]
         if kind == "denoising":
             mask = getattr(self.assembler.tokenizer, "mask_token", None)
-            return DenoisingExamples(questions, self.corpus, mask=mask if mask is not None else "...", **self.denoising)
+            return DenoisingExamples(
+                questions,
+                self.corpus,
+                rows=self._rows_to_practise_on(),
+                sample_answers=self.sample_answers,
+                mask=mask if mask is not None else "...",
+                **self.denoising,
+            )
         sampled = self.sample_answers and split == "train"
         with_passage = kind == "gold_passages"
         return QuestionExamples(questions, self._corpus, sample_answers=sampled, with_passage=with_passage)

@@ -5,7 +5,7 @@ examples as an uninterrupted one.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -139,20 +139,21 @@ class DenoisingExamples:
 
     Most questions have their rare words renamed alike in passage, question and answer (entity substitution, Longpre
     et al. 2021). Among them are examples that repeat a span of the passage, or restore a masked one (span infilling,
-    Lewis et al. 2019). A reader trained without renaming memorises answers and fails on unseen passages. The new names
-    come from a small set, drawn once: what is learned is to copy, and a few hundred names teach that to all (measured
-    in ``RESULTS.md``: with thousands of names copying starts much later).
+    Lewis et al. 2019). A reader trained without renaming memorises answers and fails on unseen passages.
 
     Args:
         questions: Questions with gold passages.
         corpus: The passages.
-        rows: Which of them to take spans and names from; all by default.
+        rows: Which of them to take spans from; all by default. New names are drawn from the words of all passages: of
+            the others no sentence is read, only the list of their words, which the tokenizer holds too.
+        sample_answers: Draw one of the accepted answers at each visit, instead of the first. The first is the easier
+            lesson by far: a reader that is to name any of five actors learns a mixture of five names.
         rename_share: Share of renamed examples.
         copy_share: Share of span examples among all.
         infill_share: Share of masked spans among the span examples; the others repeat a span.
         rare_count: A word is rare when it occurs at most this often in passages and questions together, so that the
             words that ask (who, when) keep their meaning.
-        num_names: How many words serve as new names.
+        num_names: How many words serve as new names; all by default.
         mask: The hole's sign.
     """
 
@@ -162,30 +163,29 @@ class DenoisingExamples:
         corpus: PassageCorpus,
         *,
         rows: Sequence[int] | None = None,
+        sample_answers: bool = False,
         rename_share: float = 0.9,
         copy_share: float = 0.3,
         infill_share: float = 0.0,
         rare_count: int = 20,
-        num_names: int = 400,
+        num_names: int | None = None,
         mask: str = "<mask>",
     ) -> None:
         shares = {"rename_share": rename_share, "copy_share": copy_share, "infill_share": infill_share}
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ConfigError(f"{name}: expected a share from 0 to 1, got {share}")
-        self.golden = QuestionExamples(questions, corpus, sample_answers=True, with_passage=True)
+        self.golden = QuestionExamples(questions, corpus, sample_answers=sample_answers, with_passage=True)
         self.corpus = corpus
         self.rows: Sequence[int] = rows if rows is not None else range(len(corpus))
         self.rename_share = rename_share
         self.copy_share = copy_share
         self.infill_share = infill_share
         self.mask = mask
-        texts = [f"{corpus[row].title} {corpus[row].text}" for row in self.rows]
-        texts += [question.question for question in questions]
-        self._rare = frozenset(rare_words(texts, rare_count))
-        # words met once are no new names: most fall into many pieces, and spelling is not the lesson
-        names = rare_words(texts, rare_count, min_count=2)
-        self.pool = rng_at(0, "names").sample(names, num_names) if num_names < len(names) else names
+        asked = [question.question for question in questions]
+        self._rare = frozenset(rare_words([*_texts(corpus[row] for row in self.rows), *asked], rare_count))
+        names = rare_words([*_texts(corpus), *asked], rare_count)
+        self.pool = names if num_names is None else rng_at(0, "names").sample(names, min(num_names, len(names)))
 
     def __len__(self) -> int:
         return len(self.golden)
@@ -220,6 +220,10 @@ class DenoisingExamples:
         text, question, answer = substitute_entities(joined, question, answer, self._rare.__contains__, self.pool, rng)
         title, _, body = text.partition("\n")
         return Passage(passage.id, title, body), question, answer
+
+
+def _texts(passages: Iterable[Passage]) -> Iterator[str]:
+    return (f"{passage.title} {passage.text}" for passage in passages)
 
 
 class Collator:

@@ -163,16 +163,19 @@ class Contrastive:
     is no negative for it.
 
     Args:
-        examples: ``gold_passages`` (questions with gold passages) or ``inverse_cloze`` (passages alone).
+        examples: ``gold_passages`` (questions with gold passages), ``inverse_cloze`` (passages alone) or ``denoising``
+            (both, with renamed entities and spans as questions; settings under ``data.denoising``).
     """
 
     reads: Reads = "retrieved"
     eval_examples: ExampleKind = "questions"
     trains: tuple[str, ...] = ("query_encoder", "passage_encoder")
 
-    def __init__(self, *, examples: Literal["gold_passages", "inverse_cloze"] = "gold_passages") -> None:
-        if examples not in ("gold_passages", "inverse_cloze"):
-            raise ConfigError(f"objective.examples: expected gold_passages or inverse_cloze, got {examples!r}")
+    def __init__(self, *, examples: Literal["gold_passages", "inverse_cloze", "denoising"] = "gold_passages") -> None:
+        if examples not in ("gold_passages", "inverse_cloze", "denoising"):
+            raise ConfigError(
+                f"objective.examples: expected gold_passages, inverse_cloze or denoising, got {examples!r}"
+            )
         self.examples: ExampleKind = examples
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:

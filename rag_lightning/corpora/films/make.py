@@ -25,8 +25,8 @@ from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.utils.io import existing_file, read_json_lines, write_json_lines
 
 NUM_FILMS = 4_000
-VOCABULARY = 10_000
-"""Entries of the tokenizer: nine words in ten stay whole, and the tiny models fit into a few megabytes."""
+VOCABULARY = 15_000
+"""Entries of the tokenizer, at most: enough for every word of the passages and training questions to stay whole."""
 
 MAX_PEOPLE = 6
 """Names given for each role; longer casts are cut, and questions about those cut off are dropped."""
@@ -188,6 +188,7 @@ def answered(
 ) -> tuple[list[str], list[str]] | None:
     """Returns (answers, positive films) of a MetaQA question, or None where its passages do not settle it.
 
+    Answers to a question about a film come in the order its passage tells them, so the first is the first to be read.
     Kept are questions whose MetaQA answers contain all that the passages say on the matter; answers that no passage
     supports are left out. A question whose passages say more than MetaQA accepts would be marked wrongly, so it goes.
     """
@@ -198,8 +199,10 @@ def answered(
         supported = roles.get((PERSON_QUESTIONS[kind], entity), set())
     if not supported or not supported <= set(record["answers"]):
         return None
+    if kind in FILM_QUESTIONS:
+        return films[entity][FILM_QUESTIONS[kind]], [entity]
     answers = [answer for answer in dict.fromkeys(record["answers"]) if answer in supported]
-    return answers, [entity] if kind in FILM_QUESTIONS else answers
+    return answers, answers
 
 
 def question_row(record: Mapping[str, Any], answers: list[str], positive_ids: list[str]) -> dict[str, Any]:

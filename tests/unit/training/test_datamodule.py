@@ -88,6 +88,16 @@ def test_inverse_cloze_needs_no_questions(tiny_run):
     assert run.recorder.losses[0] > 0
 
 
+def test_a_retriever_can_practise_on_spans_of_passages(tiny_run):
+    data = {"batch_size": 12, "denoising": {"copy_share": 1.0, "rename_share": 0.5}}
+    objective = Contrastive(examples="denoising")
+    run = tiny_run(objective=objective, data=data, optim={"train_passage_encoder": True}, max_steps=2).fit()
+    batch = next(iter(run.data.train_dataloader()))
+    assert all(question.id.startswith("span-") for question in batch.questions)
+    assert batch.passages is not None
+    assert run.recorder.losses[0] > 0
+
+
 @pytest.mark.parametrize("objective", [Contrastive(), Contrastive(examples="inverse_cloze")])
 def test_nothing_to_contrast_with_is_refused(objective, tiny_run):
     with pytest.raises(ConfigError, match="data.batch_size: expected at least 2 examples .*negatives, got 1"):

@@ -115,6 +115,13 @@ def test_span_examples_repeat_or_restore_words_of_their_passage(questions, corpu
     assert 150 < sum("<mask>" in example.question.question for example in both) < 250
 
 
+def test_the_first_answer_is_trained_on_unless_answers_are_sampled(corpus):
+    question = Question("q", "who?", tuple(corpus[0].text.split()[:2]), (corpus[0].id,))
+    for sample, expected in ((False, {question.answers[0]}), (True, set(question.answers))):
+        examples = DenoisingExamples([question], corpus, sample_answers=sample, copy_share=0.0, rename_share=0.0)
+        assert {example.answer for example in drawn(examples, 50)} == expected
+
+
 def test_new_names_come_from_a_small_set_that_is_always_the_same(questions, corpus):
     few, again = (DenoisingExamples(questions, corpus, num_names=8).pool for _ in range(2))
     assert few == again

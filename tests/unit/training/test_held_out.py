@@ -1,6 +1,8 @@
 """Warm-up never reads a passage that a validation or test question is about."""
 
 import logging
+import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,15 @@ def data() -> RagDataModule:
 
 def test_passages_of_held_out_questions_are_left_out(data: RagDataModule) -> None:
     assert data._rows_to_practise_on() == [2]
+
+
+@pytest.mark.parametrize("kind", ["inverse_cloze", "denoising"])
+def test_every_kind_of_warm_up_keeps_to_them(kind, data: RagDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans to repeat were once taken from all passages, although the list of those to read was at hand."""
+    monkeypatch.setattr(RagDataModule, "assembler", SimpleNamespace(tokenizer=None))
+    data.denoising = {"copy_share": 1.0, "rename_share": 0.0}
+    examples = data._examples("train", kind)
+    assert {examples.draw(0, random.Random(seed)).passage.id for seed in range(50)} == {"c"}
 
 
 def test_a_missing_test_file_is_told(data: RagDataModule, caplog: pytest.LogCaptureFixture) -> None:
