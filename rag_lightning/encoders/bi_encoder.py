@@ -257,6 +257,7 @@ class BiEncoder(nn.Module):
         decides = [
             hash_tensors(dict(tower.state_dict())),
             f"{tower.pooling} {tower.normalise} {self.passage_template} {self.max_passage_tokens}",
+            str(getattr(tower.backbone.config, "weight_rate", "")),  # multiplies term weights, but is none of them
             tokenizer_hash(self.tokenizer) if self.tokenizer is not None else "no tokenizer",
         ]
         return hash_texts(decides)

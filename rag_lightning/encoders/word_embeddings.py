@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-WEIGHT_RATE = 10.0
-"""How many times faster than a vector's entries a term weight learns: ``w_t`` is stored divided by it. Adam moves every
-parameter by about its learning rate, and a weight has to go as far as 3 or 4 where an entry has the size 1/√D."""
-
 
 class WordEmbeddingsConfig(PretrainedConfig):
     """Configuration of :class:`WordEmbeddingsModel`.
@@ -24,14 +20,25 @@ class WordEmbeddingsConfig(PretrainedConfig):
     Args:
         vocab_size: Rows of the embedding table.
         hidden_size: Embedding dimension D.
+        weight_rate: How many times faster than a vector's entries a term weight learns: ``w_t`` is stored divided by
+            it. Adam moves every parameter by about its learning rate, and a weight has to go as far as 3 or 4 where
+            an entry has the size ``1/sqrt(D)``.
         pad_token_id: Padding token, whose vector is 0.
     """
 
     model_type = "rag_word_embeddings"
 
-    def __init__(self, vocab_size: int = 30522, hidden_size: int = 128, pad_token_id: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 128,
+        weight_rate: float = 10.0,
+        pad_token_id: int = 0,
+        **kwargs: Any,
+    ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
+        self.weight_rate = weight_rate
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -62,7 +69,7 @@ class WordEmbeddingsModel(PreTrainedModel):
         return_dict: bool = True,
     ) -> BaseModelOutput:
         """Returns token states ``[N, L, D]``; the mask is for the pooling and not needed here."""
-        weights_NL1: Float[Tensor, "N L 1"] = (WEIGHT_RATE * self.log_weights(input_ids)).exp()
+        weights_NL1: Float[Tensor, "N L 1"] = (self.config.weight_rate * self.log_weights(input_ids)).exp()
         states_NLD: Float[Tensor, "N L D"] = self.vectors(input_ids) * weights_NL1
         return BaseModelOutput(last_hidden_state=states_NLD)
 

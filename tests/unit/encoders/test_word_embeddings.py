@@ -4,14 +4,14 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from rag_lightning.encoders.bi_encoder import Tower
-from rag_lightning.encoders.word_embeddings import WEIGHT_RATE, WordEmbeddingsConfig, WordEmbeddingsModel
+from rag_lightning.encoders.word_embeddings import WordEmbeddingsConfig, WordEmbeddingsModel
 from rag_lightning.types import TokenBatch
 
 
 def small_model():
     torch.manual_seed(0)
     model = WordEmbeddingsModel(WordEmbeddingsConfig(vocab_size=7, hidden_size=3, pad_token_id=0))
-    model.log_weights.weight.data = torch.arange(7.0)[:, None] / 10 / WEIGHT_RATE
+    model.log_weights.weight.data = torch.arange(7.0)[:, None] / 10 / model.config.weight_rate
     return model
 
 
