@@ -22,8 +22,8 @@ WORD_VECTORS = ("vectors.weight", "model.shared.weight")
 """Of the retriever and the reader; stored in float8 (e4m3). The rounding moves a vector by 3 % of its length: the
 reader answers as before (``RESULTS.md``), and the room goes to more dimensions."""
 WEIGHT_RATE = 30.0
-"""The packed retriever's term weights learn three times as fast as in its warm-up, for joint training has few steps, and
-it is by weights that it learns which words of a question do not matter. The same weights, otherwise divided."""
+"""The packed retriever's term weights learn three times as fast as in its warm-up: joint training has few steps, and
+by weights it learns which words of a question do not matter. The same weights, otherwise divided."""
 TOLD = ("run_name", "seed", "objective", "optim")
 """What ``trained_by.yaml`` keeps of a run's configuration: nothing of the machine that it ran on."""
 
