@@ -2,7 +2,7 @@
 
 Takes the query tower of a run of ``experiment=films/warm_retriever`` and the generator of one of
 ``experiment=films/warm_reader``, packs their weights (float16, word vectors float8; safetensors) and
-puts them into ``model/`` beside this file, with the configuration of both runs. ``make films-model`` does all of it.
+puts them into ``model/`` beside this file, with what trained them. ``make films-model`` does all of it.
 """
 
 import argparse

@@ -3,7 +3,7 @@ import math
 import torch
 from transformers import AutoConfig, AutoModel
 
-from rag_lightning.encoders.bi_encoder import Tower
+from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.encoders.word_embeddings import WordEmbeddingsConfig, WordEmbeddingsModel
 from rag_lightning.types import TokenBatch
 
@@ -60,3 +60,14 @@ def test_gradient_reaches_vectors_and_weights_but_not_the_padding_vector():
     assert (model.vectors.weight.grad[4] != 0).all()
     assert (model.vectors.weight.grad[0] == 0).all()
     assert model.log_weights.weight.grad[4] != 0
+
+
+def test_another_weight_rate_makes_an_index_stale():
+    torch.manual_seed(0)
+    hashes = []
+    for rate in (10.0, 30.0):
+        words = WordEmbeddingsModel(WordEmbeddingsConfig(vocab_size=5, hidden_size=2, weight_rate=rate))
+        words.vectors.weight.data.fill_(1.0)
+        tower = Tower(backbone=words, pooling="mean")
+        hashes.append(BiEncoder(query=tower, passage=tower, tokenizer=None).passage_hash())
+    assert hashes[0] != hashes[1]
