@@ -1,9 +1,10 @@
 """RagModel: a query encoder, a generator, and the marginal likelihood that trains them together.
 
 Read this page first. For a question x, the encoder gives a vector q; the index gives K passages z with their
-similarities; ``p(z|x)`` is the softmax of the similarities; the generator reads each passage joined to the question
-and gives ``p(y_t | x, z, y_<t)``; :mod:`rag_lightning.losses.marginal` sums the passages out. The gradient reaches the
-query encoder through ``p(z|x)``: a passage that explains the answer better than its rivals is drawn nearer.
+similarities; ``p(z|x)`` is the softmax of the similarities (or of BM25, or of both fused: whatever document scores the
+retriever gives, see :mod:`rag_lightning.retrieval`); the generator reads each passage joined to the question and gives
+``p(y_t | x, z, y_<t)``; :mod:`rag_lightning.losses.marginal` sums the passages out. The gradient reaches the query
+encoder through ``p(z|x)``: a passage that explains the answer better than its rivals is drawn nearer.
 """
 
 import logging
@@ -16,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.decoding.options import Decoded, DecodingOptions
 from rag_lightning.decoding.rag_sequence import decode_rag_sequence
 from rag_lightning.decoding.rag_token import decode_rag_token
@@ -25,7 +25,6 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.index.base import similarity
-from rag_lightning.index.snapshot import open_snapshot
 from rag_lightning.losses.marginal import (
     doc_log_prior,
     hf_smoothed_nll,
@@ -41,12 +40,13 @@ from rag_lightning.rag_parts import (
     RagSettings,
     RetrieverSource,
     load_parts,
+    open_retriever,
     parts_of_hf_rag,
     save_parts,
 )
 from rag_lightning.retrieval.base import Retriever
 from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
-from rag_lightning.retrieval.dense import DenseRetriever
+from rag_lightning.retrieval.fusion import ScoreFusion
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
 
@@ -76,11 +76,12 @@ class RagModel(nn.Module):
     """Encoder, generator and marginal.
 
     Args:
-        encoder: The two towers; None for a closed-book model.
+        encoder: The two towers; None for a closed-book model, or for one that retrieves by words alone.
         generator: The reader.
         prompt: How passage and question are written for the generator.
         settings: K, marginal, temperature, metric.
         decoding_options: Defaults for :meth:`generate`.
+        fusion: How a hybrid retriever joins its scores; kept here, so that a learned gate is trained and saved too.
     """
 
     def __init__(
@@ -91,46 +92,63 @@ class RagModel(nn.Module):
         prompt: Prompt | None = None,
         settings: RagSettings | None = None,
         decoding_options: DecodingOptions | None = None,
+        fusion: ScoreFusion | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.fusion = fusion
         self.generator = generator
         self.prompt = prompt if prompt is not None else Prompt()
         self.settings = settings if settings is not None else RagSettings()
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
-        self._default_retriever: DenseRetriever | None = None
+        self._default_retriever: Retriever | None = None
         self._told_of_cut_questions = False
-        if encoder is None and self.settings.num_passages > 0:
-            raise ConfigError("a model without an encoder cannot retrieve: set num_passages=0 or give an encoder")
 
     # ------------------------------------------------------------------ scoring
 
     def retrieve(
         self,
-        query: TokenBatch,
+        query: TokenBatch | None,
         questions: Sequence[str],
         retriever: Retriever,
         *,
         num_passages: int | None = None,
         reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None,
     ) -> tuple[Hits, Float[Tensor, "B K"]]:
-        """Returns the hits, and their similarities with gradient to the encoders.
+        """Returns the hits, and their document scores with gradient to what the retriever names in ``gradient_to``.
 
         One search serves the whole batch. The search itself has no gradient; the similarities of what it found do,
-        against the index's vectors (a frozen passage encoder) or against freshly encoded passages.
+        against the index's vectors (a frozen passage encoder) or against freshly encoded passages. The retriever makes
+        document scores of them (:meth:`rag_lightning.retrieval.base.Retriever.scores`); where its scores are constants,
+        no similarities are computed, and where it searches by words alone, no question is encoded.
 
         Args:
-            query: Questions in the encoder's vocabulary.
+            query: Questions in the encoder's vocabulary; may be None for a retriever that needs no vectors.
             questions: Their texts.
             retriever: Where to search.
             num_passages: K; the model's by default.
             reencode: Gives the encoder tokens ``[B * K, L]`` of passage numbers. When given, the K passages are
                 encoded again with gradient to the passage encoder, though found through the index of an older one.
+
+        Raises:
+            ConfigError: The retriever searches by vectors, and there is no encoder or ``query`` to make them from.
         """
-        if self.encoder is None:
-            raise ConfigError("this is a closed-book model: it has no encoder to retrieve with")
         num_passages = num_passages if num_passages is not None else self.settings.num_passages
+        device = next(self.parameters()).device
+        if not retriever.needs_vectors:
+            hits = retriever.retrieve(questions, None, num_passages).to(device)
+            return hits, retriever.scores(hits, None, None)
+        if self.encoder is None or query is None:
+            what = "this model has no encoder" if self.encoder is None else "the questions came without encoder tokens"
+            raise ConfigError(
+                f"{what}, and the retriever searches by query vectors: give an encoder, retrieve by words "
+                "(retriever kind sparse), or set num_passages=0 for a closed-book model"
+            )
+        if not retriever.gradient_to:
+            with torch.no_grad():
+                hits = retriever.retrieve(questions, self.encoder.query(query), num_passages).to(device)
+            return hits, retriever.scores(hits, None, None)
         queries_BD = self.encoder.query(query)
         hits = retriever.retrieve(questions, queries_BD.detach(), num_passages)
         if reencode is None:
@@ -138,7 +156,8 @@ class RagModel(nn.Module):
         else:
             passages_ND = self.encoder.passage_tower()(reencode(hits.ids_BK))
             passages_BKD = passages_ND.view(*hits.ids_BK.shape, passages_ND.shape[-1])
-        return hits, similarity(queries_BD, passages_BKD, self.settings.metric, hits.found_BK)
+        similarities_BK = similarity(queries_BD, passages_BKD, self.settings.metric, hits.found_BK)
+        return hits, retriever.scores(hits, similarities_BK, queries_BD)
 
     def marginal(
         self,
@@ -354,7 +373,7 @@ class RagModel(nn.Module):
             hits, scores_BK = None, torch.zeros(len(records), 1, device=device)
             contexts = assembler.without_passage(prompt)
         else:
-            query = self.query_tokens(texts).to(device)
+            query = self.query_tokens(texts).to(device) if retriever.needs_vectors else None
             hits, scores_BK = self.retrieve(query, texts, retriever, num_passages=num_passages)
             contexts = assembler.contexts(hits.ids_BK.to(device), prompt)
         encoded = self.generator.encode(contexts)
@@ -391,26 +410,20 @@ class RagModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def default_retriever(self) -> DenseRetriever:
+    def default_retriever(self) -> Retriever:
         """Returns the retriever that the model was saved with, opened once.
 
         Raises:
-            ConfigError: None was saved.
-            MissingFileError: Its snapshot or corpus has been moved.
-            StaleIndexError: The snapshot was made by another encoder or from another corpus.
+            ConfigError: None was saved, or a part that it needs is missing.
+            MissingFileError: Its index or corpus has been moved.
+            StaleIndexError: The index was made by another encoder or from another corpus.
         """
         if self._default_retriever is None:
-            if self.retriever_source is None or self.encoder is None:
+            if self.retriever_source is None:
                 raise ConfigError(
                     "this model was saved without an index: pass retriever=DenseRetriever(snapshot, corpus)"
                 )
-            corpus = PassageCorpus.read(self.retriever_source.passages)
-            snapshot = open_snapshot(
-                Path(self.retriever_source.snapshot),
-                encoder_hash=self.encoder.passage_hash(),
-                corpus_hash=corpus.hash,
-            )
-            self._default_retriever = DenseRetriever(snapshot, corpus)
+            self._default_retriever = open_retriever(self.retriever_source, encoder=self.encoder, fusion=self.fusion)
         return self._default_retriever
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -431,6 +444,7 @@ class RagModel(nn.Module):
             settings=self.settings,
             decoding_options=self.decoding_options,
             retriever_source=self.retriever_source,
+            fusion=self.fusion,
         )
 
     @classmethod
@@ -442,6 +456,7 @@ class RagModel(nn.Module):
             prompt=parts.prompt,
             settings=parts.settings,
             decoding_options=parts.decoding_options,
+            fusion=parts.fusion,
         )
         model.retriever_source = parts.retriever_source
         return model

@@ -2,34 +2,47 @@
 
 A saved model is a folder::
 
-    rag_config.json            settings, prompt, decoding defaults, where its corpus and index snapshot are
+    rag_config.json            settings, prompt, decoding defaults, how it retrieves, where its corpus and indexes are
     encoder/query, passage     the towers in the transformers layout (passage/ only where it differs)
     encoder/tokenizer
     generator/                 the reader with its tokenizer, in the transformers layout
+    fusion.safetensors         the learned gate of a hybrid retriever, where there is one
 """
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, RagSequenceForGeneration, RagTokenForGeneration
 
-from rag_lightning.corpora.passages import resolve
+from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.errors import CheckpointError, ConfigError, MissingFileError
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.index.base import Metric
+from rag_lightning.index.bm25 import Bm25Index
+from rag_lightning.index.snapshot import open_snapshot
+from rag_lightning.retrieval.base import Retriever
+from rag_lightning.retrieval.build import RetrieverSettings, build_retriever, open_cross_encoder
+from rag_lightning.retrieval.dense import DenseRetriever
+from rag_lightning.retrieval.encode import PassageTokens
+from rag_lightning.retrieval.fusion import ScoreFusion, fusion_of
+from rag_lightning.retrieval.rerank import live_vectors
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer
-from rag_lightning.utils.io import atomic_directory, read_json, write_json
+from rag_lightning.utils.io import atomic_directory, existing_file, read_json, write_json
 
 MarginalKind = Literal["rag_token", "rag_sequence"]
 DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
 CONFIG_NAME = "rag_config.json"
-FORMAT_VERSION = 1
+FUSION_NAME = "fusion.safetensors"
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1 knew dense retrieval only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +79,35 @@ class RagSettings:
 
 @dataclass(frozen=True)
 class RetrieverSource:
-    """Where a model's corpus and index snapshot are.
+    """How a model retrieves, and where its corpus and indexes are.
 
     Attributes:
         passages: A passage file, or a ``bundled:`` one.
-        snapshot: The snapshot's folder.
+        snapshot: The snapshot's folder; None for retrieval by words alone.
+        bm25: The BM25 index's folder, for retrieval by words; None builds it in memory when it is first wanted.
+        settings: The kind of retriever.
     """
 
     passages: str
-    snapshot: str
+    snapshot: str | None = None
+    bm25: str | None = None
+    settings: RetrieverSettings = field(default_factory=RetrieverSettings)
 
     def relative_to(self, directory: Path) -> "RetrieverSource":
         """Returns the same places as seen from ``directory``."""
-        passages = self.passages
-        if not passages.startswith("bundled:"):
-            passages = os.path.relpath(passages, directory)
-        return RetrieverSource(passages, os.path.relpath(self.snapshot, directory))
+        return self._moved(lambda place: os.path.relpath(place, directory))
 
     def resolved_in(self, directory: Path) -> "RetrieverSource":
         """Undoes :meth:`relative_to`."""
-        passages = self.passages
-        if not passages.startswith("bundled:"):
-            passages = os.path.normpath(directory / passages)
-        return RetrieverSource(passages, os.path.normpath(directory / self.snapshot))
+        return self._moved(lambda place: os.path.normpath(directory / place))
+
+    def _moved(self, move: Callable[[str], str]) -> "RetrieverSource":
+        return replace(
+            self,
+            passages=self.passages if self.passages.startswith("bundled:") else move(self.passages),
+            snapshot=move(self.snapshot) if self.snapshot is not None else None,
+            bm25=move(self.bm25) if self.bm25 is not None else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +120,7 @@ class RagParts:
     settings: RagSettings
     decoding_options: DecodingOptions
     retriever_source: RetrieverSource | None = None
+    fusion: ScoreFusion | None = None
 
 
 def save_parts(parts: RagParts, directory: Path) -> None:
@@ -112,12 +132,15 @@ def save_parts(parts: RagParts, directory: Path) -> None:
         "prompt": asdict(parts.prompt),
         "decoding_options": asdict(parts.decoding_options),
         "encoder": parts.encoder.settings() if parts.encoder is not None else None,
+        "fusion": parts.fusion.settings() if parts.fusion is not None else None,
         "retriever": asdict(source.relative_to(directory.absolute())) if source is not None else None,
     }
     with atomic_directory(directory, replace=True) as part:
         if parts.encoder is not None:
             parts.encoder.save(part / "encoder")
         parts.generator.save(part / "generator")
+        if parts.fusion is not None and parts.fusion.state_dict():
+            save_file(parts.fusion.state_dict(), part / FUSION_NAME)
         write_json(part / CONFIG_NAME, config)
 
 
@@ -132,19 +155,80 @@ def load_parts(source: str | Path) -> RagParts:
     if not (place / CONFIG_NAME).is_file():
         return _load_published(str(source), place)
     config = read_json(place / CONFIG_NAME, "model configuration")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{place}: expected model format {FORMAT_VERSION}, came {config.get('format_version')!r}: "
+            f"{place}: expected model format {FORMAT_VERSION} or older, came {config.get('format_version')!r}: "
             "load it with the version of rag_lightning that wrote it"
         )
-    retriever = config["retriever"]
     return RagParts(
         encoder=BiEncoder.load(place / "encoder", config["encoder"]) if config["encoder"] is not None else None,
         generator=Seq2SeqGenerator.load(place / "generator"),
         prompt=Prompt(**config["prompt"]),
         settings=RagSettings(**config["settings"]),
         decoding_options=DecodingOptions(**config["decoding_options"]),
-        retriever_source=RetrieverSource(**retriever).resolved_in(place.absolute()) if retriever is not None else None,
+        retriever_source=_load_source(config["retriever"], place),
+        fusion=_load_fusion(config.get("fusion"), place),
+    )
+
+
+def _load_source(record: dict[str, Any] | None, place: Path) -> RetrieverSource | None:
+    if record is None:
+        return None
+    settings = RetrieverSettings(**record.get("settings", {}))
+    return RetrieverSource(**{**record, "settings": settings}).resolved_in(place.absolute())
+
+
+def _load_fusion(record: dict[str, Any] | None, place: Path) -> ScoreFusion | None:
+    if record is None:
+        return None
+    fusion = fusion_of(record)
+    if fusion.state_dict():
+        weights = load_file(existing_file(place / FUSION_NAME, "the model's fusion"))
+        try:
+            fusion.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{place / FUSION_NAME}: expected the weights of {record}: {error}") from error
+    return fusion
+
+
+def open_retriever(source: RetrieverSource, *, encoder: BiEncoder | None, fusion: ScoreFusion | None) -> Retriever:
+    """Opens the retriever that a model was saved with.
+
+    Args:
+        source: Which, and where.
+        encoder: The model's; None for a retriever that needs no vectors.
+        fusion: The model's.
+
+    Raises:
+        ConfigError: A part that the retriever needs is missing.
+        MissingFileError: A corpus or index has been moved.
+        StaleIndexError: The snapshot was made by another encoder, or an index from another corpus.
+    """
+    settings = source.settings
+    corpus = PassageCorpus.read(source.passages)
+    dense, reencode, bm25 = None, None, None
+    if settings.needs_vectors:
+        if encoder is None or source.snapshot is None:
+            raise ConfigError(
+                f"this model retrieves by vectors (kind={settings.kind}): expected an encoder and an index snapshot, "
+                "came a model without. Pass a retriever that needs none, or load the model that was trained."
+            )
+        snapshot = open_snapshot(Path(source.snapshot), encoder_hash=encoder.passage_hash(), corpus_hash=corpus.hash)
+        dense = DenseRetriever(snapshot, corpus)
+        if settings.rerank == "live":
+            reencode = live_vectors(encoder, PassageTokens(encoder=encoder, corpus=corpus))
+    if settings.needs_words and source.bm25 is not None:
+        bm25 = Bm25Index.load(Path(source.bm25))
+    elif settings.needs_words:
+        bm25 = Bm25Index.build(corpus, settings.bm25)
+    return build_retriever(
+        settings,
+        corpus=corpus,
+        dense=dense,
+        bm25=bm25,
+        fusion=fusion,
+        reencode=reencode,
+        cross_encoder=open_cross_encoder(settings),
     )
 
 

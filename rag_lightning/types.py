@@ -11,6 +11,7 @@ Axes, in names (``scores_BK``) and in jaxtyping strings alike:
 ``H``  hidden dimension of the generator
 ``V``  vocabulary of the generator
 ``N``  passages in the corpus, or rows of a flattened batch (``N = B * K``)
+``M``  hard negatives of each question
 ====  =================================================
 """
 
@@ -45,6 +46,7 @@ class Question:
         answers: Accepted answers; the first is the training target unless the data module samples one.
         positive_passage_ids: Gold passages, where the dataset names them.
         answer_regex: A regular expression that accepts an answer (CuratedTREC); ``answers`` is then empty.
+        negative_passage_ids: Hard negatives: passages that look like an answer and hold none, hardest first.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Question:
     answers: tuple[str, ...]
     positive_passage_ids: tuple[str, ...] = ()
     answer_regex: str | None = None
+    negative_passage_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class FusionInputs(TensorRecord):
+    """What a fused score needs besides the live similarities; constants for the gradient.
+
+    They were settled over all candidates of the search, so they must travel with the K that were kept. See
+    :mod:`rag_lightning.retrieval.fusion`.
+
+    Attributes:
+        sparse_BK: The normalised score by words of each hit.
+        dense_shift_B1: Subtracted from the similarities of a question.
+        dense_scale_B1: Divides them afterwards; positive.
+    """
+
+    sparse_BK: Float[Tensor, "B K"]
+    dense_shift_B1: Float[Tensor, "B 1"]
+    dense_scale_B1: Float[Tensor, "B 1"]
+
+
+@dataclass(frozen=True)
 class Hits(TensorRecord):
     """What an index returns: numbers only, so that a swap can never pair an id with another snapshot's text.
 
@@ -77,11 +98,13 @@ class Hits(TensorRecord):
         ids_BK: Passage numbers, that is rows of the corpus named by the snapshot; ``-1`` where nothing was found
             (an approximate index may find fewer than K).
         snapshot_id: The index snapshot that answered.
+        fusion: For hits of a hybrid retriever whose scores have a gradient.
     """
 
     scores_BK: Float[Tensor, "B K"]
     ids_BK: Int[Tensor, "B K"]
     snapshot_id: str
+    fusion: FusionInputs | None = None
 
     @property
     def found_BK(self) -> Bool[Tensor, "B K"]:
@@ -119,6 +142,8 @@ class QuestionBatch(TensorRecord):
         weights_B: 1; 0 on a filler that only keeps processes in step, and counts nowhere.
         contexts: Ready generator inputs ``[B, L]`` for objectives that bring their own passage (denoising).
         passages: Each question's own passage in the encoder's vocabulary ``[B, L]`` (contrastive).
+        negatives: M hard negatives for each question in the encoder's vocabulary ``[B * M, L]`` (contrastive).
+        negative_ids_BM: Their passage numbers.
     """
 
     questions: tuple[Question, ...]
@@ -129,6 +154,8 @@ class QuestionBatch(TensorRecord):
     weights_B: Float[Tensor, "B"]
     contexts: TokenBatch | None = None
     passages: TokenBatch | None = None
+    negatives: TokenBatch | None = None
+    negative_ids_BM: Int[Tensor, "B M"] | None = None
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,9 @@ class Recorder(L.Callback):
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
         if "index/age_steps" in metrics:
             self.ages.append(float(metrics["index/age_steps"]))
-        retriever = trainer.datamodule.retriever
-        if retriever is not None:
-            self.snapshots.append(retriever.snapshot_id)
+        dense = trainer.datamodule.dense
+        if dense is not None:
+            self.snapshots.append(dense.snapshot_id)
 
 
 @dataclass
@@ -296,6 +296,7 @@ def tiny_run(tiny_world: TinyWorld, tiny_model: ModelBuilder, tmp_path: Path) ->
         data: dict[str, Any] | None = None,
         module: dict[str, Any] | None = None,
         schedule: str | int | None = None,
+        reindex: dict[str, Any] | None = None,
         callbacks: Sequence[L.Callback] = (),
         index_dir: Path | None = None,
         **trainer: Any,
@@ -328,6 +329,8 @@ def tiny_run(tiny_world: TinyWorld, tiny_model: ModelBuilder, tmp_path: Path) ->
             train_kind=objective.examples,
             eval_kind=objective.eval_examples,
             retrieves=objective.reads == "retrieved",
+            num_negatives=objective.num_negatives,
+            cross_process=objective.cross_process,
         )
         recorder = Recorder()
         usual = {
@@ -343,7 +346,7 @@ def tiny_run(tiny_world: TinyWorld, tiny_model: ModelBuilder, tmp_path: Path) ->
             "use_distributed_sampler": False,
             "default_root_dir": str(tmp_path),
         }
-        own = [ReindexCallback(schedule=schedule), RandomStateCallback(), recorder, InterruptCallback()]
+        own = [ReindexCallback(schedule=schedule, **(reindex or {})), RandomStateCallback(), recorder, InterruptCallback()]
         torch.manual_seed(1)  # dropout; the same in every run
         return TinyRun(
             lightning_module, datamodule, L.Trainer(**{**usual, **trainer}, callbacks=[*own, *callbacks]), recorder

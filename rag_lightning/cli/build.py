@@ -14,6 +14,7 @@ from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import DecodingMode, RagSettings
+from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
@@ -29,17 +30,20 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 def build_model(config: DictConfig) -> RagModel:
-    """Builds the model; a closed-book one (``model.num_passages=0``) has no encoder."""
+    """Builds the model; one that is closed-book (``model.num_passages=0``) or searches by words has no encoder."""
     settings = plain(config.model)
     decoding = plain(config.decoding)
     mode = decoding.pop("mode")
     if mode is None:
         mode = DEFAULT_DECODING[settings["objective"]]
     prompt = Prompt(**settings.pop("prompt"))
-    closed_book = settings["num_passages"] == 0
+    retriever: RetrieverSettings = instantiate(config.retriever)
+    needs_encoder = settings["num_passages"] > 0 and retriever.needs_vectors
+    encoder = instantiate(config.encoder) if needs_encoder else None
     return RagModel(
-        encoder=instantiate(config.encoder) if not closed_book else None,
+        encoder=encoder,
         generator=instantiate(config.generator),
+        fusion=build_fusion(retriever, dimension=encoder.dimension) if encoder is not None else None,
         prompt=prompt,
         settings=RagSettings(**settings, decoding=mode),
         decoding_options=instantiate(decoding),
@@ -65,6 +69,8 @@ def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
         train_kind=objective.examples,
         eval_kind=objective.eval_examples,
         retrieves=objective.reads == "retrieved",
+        num_negatives=objective.num_negatives,
+        cross_process=objective.cross_process,
     )
 
 

@@ -1,6 +1,7 @@
 """``rag-lightning evaluate checkpoint=RUN [data.test=F]``: metrics.json and predictions.jsonl of a finished run."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,13 +76,16 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
     if test is None:
         raise ConfigError("data.test: expected a question file, came none, and the checkpoint's run names none")
     source = model.retriever_source
-    passages, snapshot = config.data.passages, config.data.snapshot
+    passages, snapshot = config.data.passages, config.index.snapshot
     if passages is None and source is not None:
         passages = source.passages
         snapshot = snapshot if snapshot is not None else source.snapshot
     elif passages is None and run_config is not None:
         passages = run_config.data.passages
-    data: RagDataModule = instantiate(config.data, test=test, passages=passages, snapshot=snapshot)
+    data: RagDataModule = instantiate(config.data, test=test, passages=passages)
+    data.index_settings = replace(data.index_settings, snapshot=snapshot)
+    if config.retriever is None and source is not None:
+        data.retriever_settings = source.settings
     return data
 
 

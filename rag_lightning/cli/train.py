@@ -51,7 +51,10 @@ def save_model(module: RagLightningModule, data: RagDataModule, folder: Path) ->
     model = module.model
     if data.retriever is not None and data.passages is not None:
         passages = data.passages if data.passages.startswith("bundled:") else str(Path(data.passages).absolute())
-        model.retriever_source = RetrieverSource(passages, str(data.retriever.snapshot.path.absolute()))
+        snapshot = str(data.dense.snapshot.path.absolute()) if data.dense is not None else None
+        settings = data.retriever_settings
+        # the BM25 index is not named: the cache it lies in may be cleared, and it is made again in seconds
+        model.retriever_source = RetrieverSource(passages, snapshot, settings=settings)
     model.save_pretrained(folder / "model")
     logger.info("model saved to %s", folder / "model")
 

@@ -3,10 +3,15 @@
 A question line:
 ``{"id": "q1", "question": "who made Kismet?", "answers": ["V. Minnelli"], "positive_passage_ids": ["7"]}``
 where ``positive_passage_ids`` is optional, ``answer_regex`` (CuratedTREC) may stand instead of ``answers`` or beside
-them, and other fields are ignored.
+them, and other fields are ignored. ``rag-lightning mine`` adds hard negatives, hardest first:
+``"negative_passage_ids": ["3", "12"], "negative_scores": [11.5, 9.25]``
+where the scores (the miner's, larger is more similar) are optional and only checked: training with hard negatives draws
+passages, not scores, which are kept for distilling the miner.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ def read_questions(path: str | Path, *, corpus: PassageCorpus | None = None) -> 
 
     Args:
         path: As :func:`~rag_lightning.corpora.passages.resolve` takes it.
-        corpus: Where given, every gold passage id must be in it.
+        corpus: Where given, every gold passage's and hard negative's id must be in it.
 
     Raises:
         MissingFileError: No such file.
@@ -70,21 +75,53 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
     answers = _string_list(record, "answers", place) if answer_regex is None or "answers" in record else ()
     if answer_regex is None and not answers:
         raise DataError(f"{place}: field 'answers': expected at least one answer, came []. Add one or remove the line.")
-    optional = record.get("positive_passage_ids")
-    positives = () if optional is None else _string_list(record, "positive_passage_ids", place)
-    for positive in positives if corpus is not None else ():
-        if corpus is not None and not corpus.has_id(positive):
-            raise DataError(
-                f"{place}: field 'positive_passage_ids': expected ids of passages in {corpus.source}, came {positive!r}"
-                ", which is not there. Check that questions and passages belong together."
-            )
+    positives = _passage_ids(record, "positive_passage_ids", place, corpus)
+    negatives = _passage_ids(record, "negative_passage_ids", place, corpus)
+    _check_negatives(record, positives, negatives, place)
     return Question(
         id=string_field(record, "id", place),
         question=string_field(record, "question", place),
         answers=answers,
         positive_passage_ids=positives,
         answer_regex=answer_regex,
+        negative_passage_ids=negatives,
     )
+
+
+def _passage_ids(record: Mapping[str, Any], field: str, place: str, corpus: PassageCorpus | None) -> tuple[str, ...]:
+    ids = () if record.get(field) is None else _string_list(record, field, place)
+    for passage_id in ids if corpus is not None else ():
+        if corpus is not None and not corpus.has_id(passage_id):
+            raise DataError(
+                f"{place}: field {field!r}: expected ids of passages in {corpus.source}, came {passage_id!r}"
+                ", which is not there. Check that questions and passages belong together."
+            )
+    return ids
+
+
+def _check_negatives(
+    record: Mapping[str, Any], positives: Collection[str], negatives: Sequence[str], place: str
+) -> None:
+    """Refuses hard negatives that would unlearn a gold passage or count twice, and scores that are not theirs."""
+    for wrong, why in (
+        (set(positives) & set(negatives), "passages that are not among the positive_passage_ids"),
+        ({one for one, count in Counter(negatives).items() if count > 1}, "each passage once"),
+    ):
+        if wrong:
+            raise DataError(
+                f"{place}: field 'negative_passage_ids': expected {why}, came {min(wrong)!r}. Remove it, or mine again."
+            )
+    scores = record.get("negative_scores")
+    if scores is None:
+        return
+    numbers = isinstance(scores, list) and all(
+        isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score) for score in scores
+    )
+    if not numbers or len(scores) != len(negatives):
+        raise DataError(
+            f"{place}: field 'negative_scores': expected one finite number for each of the {len(negatives)} "
+            f"negative_passage_ids, came {str(scores)[:80]}. Remove the field, or mine again."
+        )
 
 
 def _checked_regex(record: Mapping[str, Any], place: str) -> str | None:

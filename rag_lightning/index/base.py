@@ -4,20 +4,20 @@ The same function scores an index's answers with gradient during training and de
 that training can never optimise another similarity than the one that retrieval uses.
 """
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingFileError
+from rag_lightning.index.vectors import Vectors as Vectors
+from rag_lightning.utils.io import read_json, write_json
 
 Metric = Literal["inner_product", "l2", "cosine"]
-Vectors = Shaped[Tensor, "N D"] | Shaped[np.ndarray, "N D"]
+
+SETTINGS_FILE = "index.json"
 
 MISSING_ID = -1
 """The passage number that stands where an index found nothing; its score is ``-inf``."""
@@ -179,38 +179,29 @@ def check_search(queries_BD: Float[Tensor, "B D"], num_passages: int, index: Ind
         )
 
 
-def check_vectors(vectors_ND: Vectors, dimension: int | None = None) -> None:
-    """Refuses vectors that would train wrong without a word.
+def write_settings(directory: Path, factory: str, metric: Metric) -> None:
+    """Writes what an index's ``load`` needs to know beside its file."""
+    write_json(directory / SETTINGS_FILE, {"factory": factory, "metric": metric})
+
+
+def read_settings(directory: Path, what: str) -> tuple[str, Metric]:
+    """Returns the factory and the metric that ``save`` wrote.
 
     Raises:
-        DataError: No rows, no columns, NaN or infinity, or another dimension than ``dimension``.
+        MissingFileError: No index there; the message names ``what`` it was wanted for.
+        CorruptSnapshotError: The file is not one of ours.
     """
-    num_vectors, columns = vectors_ND.shape
-    if num_vectors == 0 or columns == 0:
-        raise DataError(f"passage vectors: expected at least one row and one column, came {num_vectors} x {columns}.")
-    if dimension is not None and columns != dimension:
-        raise DataError(f"passage vectors: expected dimension {dimension}, came {columns}. Re-encode with one encoder.")
-    for start, block_MD in blocks(vectors_ND):
-        bad_M = ~torch.isfinite(block_MD).all(dim=1)
-        if bool(bad_M.any()):
-            raise DataError(
-                f"passage vectors: expected finite numbers, came NaN or infinity in row "
-                f"{start + int(bad_M.nonzero()[0])}. The passage encoder has diverged, or overflowed in half precision."
-            )
-
-
-def blocks(vectors_ND: Vectors, block_size: int = 65_536) -> Iterator[tuple[int, Float[Tensor, "M D"]]]:
-    """Yields (first row, float32 rows) in order, so that memory-mapped vectors are never read whole."""
-    vectors_ND = as_tensor(vectors_ND)
-    for start in range(0, vectors_ND.shape[0], block_size):
-        yield start, vectors_ND[start : start + block_size].detach().to(torch.float32)
-
-
-def as_tensor(vectors_ND: Vectors) -> Shaped[Tensor, "N D"]:
-    """Returns a tensor over the same memory; a read-only memory map must not be written through it."""
-    if isinstance(vectors_ND, Tensor):
-        return vectors_ND
-    with warnings.catch_warnings():
-        # torch warns that a read-only map must not be written to; nothing here writes
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
-        return torch.from_numpy(cast(Any, vectors_ND))
+    path = directory / SETTINGS_FILE
+    try:
+        settings = read_json(path, what)
+    except MissingFileError:
+        raise
+    except DataError as error:
+        raise CorruptSnapshotError(f"{error}. Build the index again.") from error
+    names = {"factory", "metric"}
+    if not isinstance(settings, dict) or not names <= set(settings) or settings["metric"] not in get_args(Metric):
+        raise CorruptSnapshotError(
+            f"{path}: expected a factory and a metric of {', '.join(get_args(Metric))}; came {str(settings)[:80]}. "
+            "Build the index again."
+        )
+    return str(settings["factory"]), as_metric(str(settings["metric"]))

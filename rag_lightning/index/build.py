@@ -3,9 +3,10 @@
 import torch
 
 from rag_lightning.errors import ConfigError
-from rag_lightning.index.base import Index, Metric, Vectors
+from rag_lightning.index.base import Index, Metric
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import FaissIndex
+from rag_lightning.index.vectors import Vectors
 
 
 def build_index(

@@ -17,19 +17,23 @@ from rag_lightning.errors import ConfigError, CorruptSnapshotError, MissingExtra
 from rag_lightning.index.base import (
     MISSING_ID,
     Metric,
-    Vectors,
     as_metric,
-    as_tensor,
     best_first,
-    blocks,
     check_search,
-    check_vectors,
+    read_settings,
     unit_length,
+    write_settings,
 )
-from rag_lightning.utils.io import existing_file, read_json, write_json
+from rag_lightning.index.vectors import StoredVectors, Vectors, as_tensor, blocks, check_vectors, check_width
+from rag_lightning.utils.io import existing_file
 
 INDEX_FILE = "index.faiss"
-SETTINGS_FILE = "index.json"
+
+_POINTS_PER_CENTROID = 256
+"""FAISS draws no more than these for each centroid of a k-means by itself."""
+_FEWEST_POINTS_PER_CENTROID = 39
+"""FAISS warns below these."""
+_TRAINING_BYTES = 256 * 1024 * 1024
 
 
 class FaissIndex:
@@ -67,10 +71,11 @@ class FaissIndex:
         """Builds, trains where the factory needs it, and fills an index; row numbers are those of ``vectors_ND``.
 
         Args:
-            vectors_ND: The rows; read in blocks, so a memory map serves.
+            vectors_ND: The rows; read in blocks, so a memory map serves. Those of
+                :class:`~rag_lightning.index.vectors.StoredVectors` were checked when they were written.
             factory: FAISS's factory string.
             metric: What to rank by.
-            num_training_vectors: Rows drawn to train clusters and codes; None takes all.
+            num_training_vectors: Rows drawn to train clusters and codes; None is :func:`training_sample_size`.
             nprobe: Inverted lists visited for each query (IVF factories); None keeps FAISS's 1.
             ef_search: Breadth of the graph search (HNSW factories); None keeps FAISS's 16.
             seed: Seeds the draw of training rows and the clustering.
@@ -84,7 +89,11 @@ class FaissIndex:
         """
         faiss = _import_faiss(f"The index factory '{factory}' (factory 'exact' needs nothing)")
         as_metric(metric)
-        check_vectors(vectors_ND)
+        check_width(vectors_ND)
+        if num_training_vectors is not None and num_training_vectors < 1:
+            raise ConfigError(f"num_training_vectors: expected at least 1, came {num_training_vectors}.")
+        if not isinstance(vectors_ND, StoredVectors):
+            check_vectors(vectors_ND)
         kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         try:
             raw = faiss.index_factory(int(vectors_ND.shape[1]), factory, kind)
@@ -180,7 +189,7 @@ class FaissIndex:
             faiss.write_index(index, str(directory / INDEX_FILE))
         except RuntimeError as error:
             raise OSError(f"{directory / INDEX_FILE}: FAISS could not write the index: {_brief(error)}") from error
-        write_json(directory / SETTINGS_FILE, {"factory": self.factory, "metric": self._metric})
+        write_settings(directory, self.factory, self._metric)
 
     @classmethod
     def load(cls, directory: Path, *, gpu: bool = False) -> "FaissIndex":
@@ -188,19 +197,21 @@ class FaissIndex:
 
         Raises:
             MissingFileError: No index there.
-            CorruptSnapshotError: FAISS cannot read the file.
+            CorruptSnapshotError: FAISS cannot read the file, or it ranks by another metric than the settings say.
             MissingExtraError: FAISS, or its GPU build, is not installed.
         """
-        settings = read_json(directory / SETTINGS_FILE, "FAISS index settings")
-        faiss = _import_faiss(f"An index of factory '{settings['factory']}'")
+        factory, metric = read_settings(directory, "FAISS index settings")
+        faiss = _import_faiss(f"An index of factory '{factory}'")
         path = existing_file(directory / INDEX_FILE, "FAISS index")
         try:
             raw = faiss.read_index(str(path))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise CorruptSnapshotError(
                 f"{path}: expected a whole FAISS index; FAISS says: {_brief(error)}. Build the index again."
             ) from error
-        index = cls(raw, metric=as_metric(settings["metric"]), factory=settings["factory"])
+        if (raw.metric_type == faiss.METRIC_L2) != (metric == "l2"):
+            raise CorruptSnapshotError(f"{path}: expected an index of metric {metric!r}, came another. Build it again.")
+        index = cls(raw, metric=metric, factory=factory)
         return index.to_gpu() if gpu else index
 
     def _train(self, faiss: Any, vectors_ND: Vectors, num_training_vectors: int | None, seed: int) -> None:
@@ -209,12 +220,15 @@ class FaissIndex:
         inverted_file = faiss.try_extract_index_ivf(self._index)
         if inverted_file is not None:
             inverted_file.cp.seed = seed
-        rows_MD = as_tensor(vectors_ND)
-        num_vectors = rows_MD.shape[0]
-        if num_training_vectors is not None and num_training_vectors < num_vectors:
-            drawn = np.random.default_rng(seed).choice(num_vectors, num_training_vectors, replace=False)
-            rows_MD = rows_MD[torch.from_numpy(np.sort(drawn))]
-        self._index.train(self._rows(rows_MD, "passage vectors"))
+        num_vectors, dimension = (int(size) for size in vectors_ND.shape)
+        if num_training_vectors is None:
+            num_lists = 0 if inverted_file is None else int(inverted_file.nlist)
+            num_training_vectors = training_sample_size(num_vectors, dimension, num_lists)
+        drawn_M = np.arange(num_vectors)
+        if num_training_vectors < num_vectors:
+            drawn_M = np.sort(np.random.default_rng(seed).choice(num_vectors, num_training_vectors, replace=False))
+        rows_ND = vectors_ND if isinstance(vectors_ND, StoredVectors) else as_tensor(vectors_ND)
+        self._index.train(self._rows(rows_ND[torch.from_numpy(drawn_M)], "passage vectors"))
 
     def _append(self, vectors_ND: Vectors) -> None:
         for _, block_MD in blocks(vectors_ND):
@@ -225,6 +239,22 @@ class FaissIndex:
         if self._metric == "cosine":
             rows_MD = unit_length(rows_MD, what)
         return np.ascontiguousarray(rows_MD.numpy())
+
+
+def training_sample_size(num_vectors: int, dimension: int, num_lists: int) -> int:
+    """Returns how many rows train an index by default, so that the sample stays small beside a large corpus.
+
+    It is 256 rows for each inverted list, at least the 65,536 that the 256 codes of a product quantizer take; cut to
+    256 MiB of float32, but not below the 39 rows a list under which FAISS warns; and at most all.
+
+    >>> training_sample_size(1_000, 384, 16), training_sample_size(1_000_000, 384, 256)
+    (1000, 65536)
+    >>> training_sample_size(1_000_000, 384, 4096), training_sample_size(21_000_000, 768, 16384)
+    (174762, 638976)
+    """
+    wanted = _POINTS_PER_CENTROID * max(num_lists, 256)
+    affordable = max(_TRAINING_BYTES // (4 * dimension), _FEWEST_POINTS_PER_CENTROID * num_lists)
+    return min(num_vectors, wanted, affordable)
 
 
 def _import_faiss(purpose: str) -> Any:
@@ -259,6 +289,7 @@ def _refused(factory: str, vectors_ND: Vectors, error: RuntimeError, hint: str) 
     )
 
 
-def _brief(error: RuntimeError) -> str:
+def _brief(error: Exception) -> str:
     """FAISS's own words without the C++ function and line before them."""
-    return str(error).strip().splitlines()[-1].split("' failed: ")[-1].split("Error: ")[-1].rstrip(".")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split("' failed: ")[-1].split("Error: ")[-1].rstrip(".")

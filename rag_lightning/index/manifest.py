@@ -1,10 +1,9 @@
 """What a snapshot says of itself, and how one is opened: nothing torn or stale is searched."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,13 +13,16 @@ from rag_lightning.index.base import MISSING_ID, Index, Metric, as_metric
 from rag_lightning.index.build import on_gpu
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import FaissIndex
-from rag_lightning.index.vectors import open_vectors
-from rag_lightning.utils.hashing import hash_file
+from rag_lightning.index.vector_files import VECTORS_FILE
+from rag_lightning.index.vectors import Storage, StoredVectors, open_vectors
+from rag_lightning.utils.hashing import hash_file, hash_texts
 from rag_lightning.utils.io import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-VECTORS_FILE = "vectors.npy"
+
+_SINCE_VERSION_2: dict[str, Any] = {"storage": "float32", "recall": {}, "num_bytes": {}}
+"""What version 1 did not say, as it was then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,10 @@ class Manifest:
         dimension: D.
         created: ISO 8601, UTC.
         checksums: SHA-256 of every other file.
+        num_bytes: Length of every other file; empty in version 1.
+        storage: How the vectors are stored.
+        recall: Share of the exact top K that the index finds, such as ``{"recall@10": 0.93}``; empty where it was not
+            measured.
     """
 
     format_version: int
@@ -87,6 +93,9 @@ class Manifest:
     dimension: int
     created: str
     checksums: dict[str, str]
+    num_bytes: dict[str, int]
+    storage: Storage
+    recall: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -97,13 +106,13 @@ class Snapshot:
         manifest: What it was made from.
         path: Its folder.
         index: Ready to search.
-        vectors_ND: The exact vectors, memory-mapped.
+        vectors_ND: The stored vectors, memory-mapped.
     """
 
     manifest: Manifest
     path: Path
     index: Index
-    vectors_ND: Float[np.ndarray, "N D"]
+    vectors_ND: StoredVectors
 
     @property
     def id(self) -> str:
@@ -111,21 +120,21 @@ class Snapshot:
         return self.manifest.snapshot_id
 
     def vectors(self, ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
-        """Returns the exact float32 vectors of some rows, on the device of ``ids``; zeros where the id is -1.
+        """Returns the stored vectors of some rows as float32, on the device of ``ids``; zeros where the id is -1.
 
         Raises:
             DataError: An id that is no row of this snapshot.
         """
-        rows = ids.detach().cpu().numpy()
         num_vectors = len(self.vectors_ND)
-        if rows.size > 0 and (rows.min() < MISSING_ID or rows.max() >= num_vectors):
+        if ids.numel() > 0 and (int(ids.min()) < MISSING_ID or int(ids.max()) >= num_vectors):
             raise DataError(
                 f"snapshot {self.id}: expected passage numbers within -1..{num_vectors - 1}, "
-                f"came {rows.min()}..{rows.max()}. The hits are of another corpus."
+                f"came {int(ids.min())}..{int(ids.max())}. The hits are of another corpus."
             )
-        gathered = np.array(self.vectors_ND[np.maximum(rows, 0)], dtype=np.float32)
+        rows = ids.detach().cpu()
+        gathered = self.vectors_ND.rows(rows.clamp(min=0))
         gathered[rows == MISSING_ID] = 0.0
-        return torch.from_numpy(gathered).to(ids.device)
+        return gathered.to(ids.device)
 
 
 def open_snapshot(
@@ -133,6 +142,7 @@ def open_snapshot(
     *,
     encoder_hash: str | None = None,
     corpus_hash: str | None = None,
+    metric: Metric | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Snapshot:
@@ -142,12 +152,14 @@ def open_snapshot(
         path: The folder.
         encoder_hash: What the questions' partner encoder hashes to; None skips the comparison.
         corpus_hash: What the passages hash to; None skips the comparison.
-        verify: Read every file and compare its checksum; False trusts them, as right after publishing.
+        metric: What the model scores by; None skips the comparison.
+        verify: Read every file and compare its checksum. False compares lengths and headers only and does not read the
+            vectors: for a snapshot that has just been published or verified.
         device: Where the index searches; None is the CPU.
 
     Raises:
         MissingFileError: No such folder.
-        StaleIndexError: Made by another encoder or from another corpus; both hashes are named.
+        StaleIndexError: Made by another encoder, from another corpus or for another metric; both are named.
         CorruptSnapshotError: A file is missing, torn or altered, or the format is newer than this package.
         MissingExtraError: A FAISS index without FAISS.
     """
@@ -157,14 +169,17 @@ def open_snapshot(
     manifest = read_manifest(path)
     _check_origin(manifest, "encoder", manifest.encoder_hash, encoder_hash)
     _check_origin(manifest, "corpus", manifest.corpus_hash, corpus_hash)
-    for name, digest in manifest.checksums.items():
-        if not (path / name).is_file():
-            raise _torn(path / name, "the file", "none")
-        if verify and hash_file(path / name) != digest:
-            raise _torn(path / name, f"the checksum {digest[:12]}…", hash_file(path / name)[:12] + "…")
+    if metric is not None and manifest.metric != metric:
+        raise StaleIndexError(
+            f"index snapshot {manifest.snapshot_id}: expected metric {metric!r} as the model's, came "
+            f"{manifest.metric!r}. Build the index again with the model's metric."
+        )
+    check_files(path, manifest, verify=verify)
     vectors_ND = open_vectors(path / VECTORS_FILE)
-    if vectors_ND.shape != (manifest.num_vectors, manifest.dimension):
-        raise _torn(path / VECTORS_FILE, f"{manifest.num_vectors} x {manifest.dimension}", str(vectors_ND.shape))
+    found: tuple[object, ...] = (*vectors_ND.shape, vectors_ND.storage)
+    if found != (manifest.num_vectors, manifest.dimension, manifest.storage):
+        expected = f"{manifest.num_vectors} x {manifest.dimension} of {manifest.storage}"
+        raise _torn(path / VECTORS_FILE, expected, f"{found[0]} x {found[1]} of {found[2]}")
     index: Index
     if manifest.factory == "exact":
         index = ExactIndex(vectors_ND, metric=manifest.metric, device=device)
@@ -174,6 +189,43 @@ def open_snapshot(
     if found != (manifest.num_vectors, manifest.dimension, manifest.metric):
         raise _torn(path, f"an index of {manifest.num_vectors} x {manifest.dimension}, {manifest.metric}", str(found))
     return Snapshot(manifest=manifest, path=path, index=index, vectors_ND=vectors_ND)
+
+
+def check_files(path: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Compares a snapshot's files with its manifest.
+
+    Args:
+        path: The snapshot's folder.
+        manifest: What it says of itself.
+        verify: Read every file and compare its checksum too, not its length only.
+
+    Raises:
+        CorruptSnapshotError: A file is missing, of another length, or altered.
+    """
+    for name, digest in manifest.checksums.items():
+        file = path / name
+        if not file.is_file():
+            raise _torn(file, "the file", "none")
+        num_bytes = file.stat().st_size
+        if num_bytes != manifest.num_bytes.get(name, num_bytes):
+            raise _torn(file, f"{manifest.num_bytes[name]} bytes", f"{num_bytes}")
+        if verify and (found := hash_file(file)) != digest:
+            raise _torn(file, f"the checksum {digest[:12]}…", found[:12] + "…")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a snapshot in a folder whose files are those of its manifest; reads them all."""
+    try:
+        check_files(path, read_manifest(path), verify=True)
+    except (CorruptSnapshotError, OSError):
+        return False
+    return True
+
+
+def snapshot_id(origin: Origin, checksums: dict[str, str]) -> str:
+    """Returns the id of a snapshot: its step, and a hash of what it was made from and of its files."""
+    content = hash_texts([*map(str, asdict(origin).values()), *map(str, checksums.items())])
+    return f"step{origin.step:08d}-{content[:8]}"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -188,27 +240,45 @@ def read_manifest(path: Path) -> Manifest:
     except DataError as error:
         raise CorruptSnapshotError(f"{file}: expected the manifest of a whole snapshot: {error}") from error
     version = record.get("format_version") if isinstance(record, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:
+    if type(version) is int and not 1 <= version <= FORMAT_VERSION:
         raise CorruptSnapshotError(
             f"{file}: expected snapshot format {FORMAT_VERSION} or older, came {version}. "
             "Update rag_lightning, or build the index again."
         )
     names = {field.name for field in fields(Manifest)}
-    if not isinstance(record, dict) or set(record) != names:
+    known = names - set(_SINCE_VERSION_2) if version == 1 else names
+    if not isinstance(record, dict) or set(record) != known:
         raise _torn(
-            file, f"the fields {sorted(names)}", str(sorted(record)) if isinstance(record, dict) else str(record)[:80]
+            file, f"the fields {sorted(known)}", str(sorted(record)) if isinstance(record, dict) else str(record)[:80]
         )
-    types: dict[str, type] = dict.fromkeys(names, str)
-    types |= {"format_version": int, "step": int, "num_vectors": int, "dimension": int, "checksums": dict}
+    record = {**(_SINCE_VERSION_2 if version == 1 else {}), **record}
+    _check_types(file, record)
+    manifest = Manifest(**record)
+    try:
+        origin = Origin(**{field.name: record[field.name] for field in fields(Origin)})
+    except ConfigError as error:
+        raise _torn(file, "an origin that can be built", str(error)) from error
+    if manifest.snapshot_id != snapshot_id(origin, manifest.checksums):
+        raise _torn(file, f"the id {snapshot_id(origin, manifest.checksums)} of its content", manifest.snapshot_id)
+    return manifest
+
+
+def _check_types(file: Path, record: dict[str, Any]) -> None:
+    types: dict[str, type] = dict.fromkeys(record, str)
+    types |= {"format_version": int, "step": int, "num_vectors": int, "dimension": int}
+    types |= {"checksums": dict, "num_bytes": dict, "recall": dict}
     for name, value in record.items():
         if type(value) is not types[name]:
             raise _torn(file, f"{name} as {types[name].__name__}", repr(value)[:80])
-    if record["metric"] not in get_args(Metric):
-        raise _torn(file, f"metric as one of {', '.join(get_args(Metric))}", repr(record["metric"]))
+    for name, choices in (("metric", get_args(Metric)), ("storage", get_args(Storage))):
+        if record[name] not in choices:
+            raise _torn(file, f"{name} as one of {', '.join(choices)}", repr(record[name])[:80])
+    for name, kind in (("checksums", str), ("num_bytes", int), ("recall", float)):
+        if any(type(value) is not kind for value in record[name].values()):
+            raise _torn(file, f"{name} as names with {kind.__name__}", repr(record[name])[:200])
     checksums = record["checksums"]
     if VECTORS_FILE not in checksums or any(Path(name).name != name for name in checksums):
         raise _torn(file, f"checksums of {VECTORS_FILE} and of files beside it", repr(sorted(checksums))[:200])
-    return Manifest(**record)
 
 
 def _check_origin(manifest: Manifest, what: str, has: str, expected: str | None) -> None:

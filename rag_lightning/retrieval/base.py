@@ -1,17 +1,43 @@
-"""What every retriever promises: hits first, as numbers; their texts afterwards."""
+"""What every retriever promises: hits first, as numbers; their texts afterwards; and scores that a loss can use."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.errors import StaleIndexError
 from rag_lightning.index.base import MISSING_ID
 from rag_lightning.types import Evidence, Hits, Passage
 
 MISSING_PASSAGE = Passage(id="", title="", text="")
 """Stands where nothing was found, so that K passages stay K places; its score is ``-inf`` and its prior 0."""
+
+
+@runtime_checkable
+class TextIndex(Protocol):
+    """N passages that can be searched by words; the sibling of :class:`~rag_lightning.index.base.Index`.
+
+    It keeps that protocol's promises on scores, order and missing places.
+    """
+
+    corpus_hash: str
+    num_passages: int
+
+    @property
+    def id(self) -> str:
+        """Names what decides every score."""
+        ...
+
+    def search(self, questions: Sequence[str], num_passages: int) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """Finds the K best rows for each question."""
+        ...
+
+    def scores_of(self, questions: Sequence[str], ids_BM: Int[Tensor, "B M"]) -> Float[Tensor, "B M"]:
+        """Returns the scores of given rows; ``-inf`` for row ``-1``."""
+        ...
 
 
 @runtime_checkable
@@ -26,6 +52,19 @@ class Retriever(Protocol):
     @property
     def snapshot_id(self) -> str:
         """The index snapshot that answers now."""
+        ...
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether ``retrieve`` works on the questions' vectors; where not, no query encoder is run."""
+        ...
+
+    @property
+    def gradient_to(self) -> tuple[str, ...]:
+        """The parts of the model that a loss on ``scores`` teaches: query_encoder, passage_encoder, fusion.
+
+        Empty where the document scores are constants; then no similarities are computed either.
+        """
         ...
 
     def retrieve(
@@ -44,7 +83,32 @@ class Retriever(Protocol):
         ...
 
     def vectors(self, ids_BK: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-        """Returns the passages' vectors, constants for the gradient of the query encoder."""
+        """Returns the passages' vectors, constants for the gradient of the query encoder.
+
+        Raises:
+            ConfigError: A retriever without vectors; it says so by ``gradient_to``.
+        """
+        ...
+
+    def scores(
+        self,
+        hits: Hits,
+        similarities_BK: Float[Tensor, "B K"] | None,
+        query_vectors_BD: Float[Tensor, "B D"] | None,
+    ) -> Float[Tensor, "B K"]:
+        """Returns the document scores, so that ``p(z|x) = softmax(scores / temperature)``.
+
+        Args:
+            hits: What ``retrieve`` found.
+            similarities_BK: The hits' similarities with gradient; None where ``gradient_to`` is empty.
+            query_vectors_BD: The questions' vectors with gradient; None likewise.
+
+        Returns:
+            Scores with gradient to ``gradient_to``; ``-inf`` where nothing was found.
+
+        Raises:
+            ConfigError: The similarities are missing.
+        """
         ...
 
     def evidence(self, hits: Hits) -> Evidence:
@@ -58,3 +122,26 @@ def look_up(hits: Hits, corpus: PassageCorpus) -> Evidence:
         tuple(MISSING_PASSAGE if row == MISSING_ID else corpus[row] for row in rows) for rows in hits.ids_BK.tolist()
     )
     return Evidence(passages=passages, hits=hits)
+
+
+def even_where_empty(scores_BK: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Returns scores whose rows without any passage are 0 instead of ``-inf`` throughout.
+
+    A question may share no word with the corpus. Its K places stay empty, the generator reads the question alone in
+    each, and under an even prior the marginal is that of the question without passages, where ``-inf`` throughout has
+    no softmax.
+
+    >>> even_where_empty(torch.tensor([[2.0, -torch.inf], [-torch.inf, -torch.inf]]))
+    tensor([[2., -inf],
+            [0., 0.]])
+    """
+    empty_B1 = (scores_BK == -torch.inf).all(dim=1, keepdim=True)
+    return scores_BK.masked_fill(empty_B1, 0.0)
+
+
+def foreign_hits(snapshot_id: str, hits: Hits) -> StaleIndexError:
+    """Returns the error that refuses hits of an index never served here."""
+    return StaleIndexError(
+        f"hits: expected ones of snapshot {snapshot_id} or of one served before it, "
+        f"came ones of {hits.snapshot_id}. Retrieve and look up with the same retriever."
+    )

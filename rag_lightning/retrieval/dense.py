@@ -9,7 +9,7 @@ from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.errors import ConfigError, DataError, StaleIndexError
 from rag_lightning.index.base import Metric
 from rag_lightning.index.snapshot import Snapshot
-from rag_lightning.retrieval.base import look_up
+from rag_lightning.retrieval.base import foreign_hits, look_up
 from rag_lightning.types import Evidence, Hits
 
 
@@ -50,6 +50,16 @@ class DenseRetriever:
         """The similarity, for the training side's scores."""
         return self._snapshot.index.metric
 
+    @property
+    def needs_vectors(self) -> bool:
+        """True: it searches by the questions' vectors."""
+        return True
+
+    @property
+    def gradient_to(self) -> tuple[str, ...]:
+        """Both encoders: the scores are their similarities."""
+        return ("query_encoder", "passage_encoder")
+
     def retrieve(
         self, questions: Sequence[str], query_vectors_BD: Float[Tensor, "B D"] | None, num_passages: int
     ) -> Hits:
@@ -70,6 +80,25 @@ class DenseRetriever:
         scores_BK, ids_BK = snapshot.index.search(query_vectors_BD.detach(), num_passages)
         return Hits(scores_BK=scores_BK, ids_BK=ids_BK, snapshot_id=snapshot.id)
 
+    def scores(
+        self,
+        hits: Hits,
+        similarities_BK: Float[Tensor, "B K"] | None,
+        query_vectors_BD: Float[Tensor, "B D"] | None,
+    ) -> Float[Tensor, "B K"]:
+        """Returns the similarities: ``p(z|x)`` is their softmax (Lewis et al. 2020, §2.2).
+
+        Raises:
+            ConfigError: There are none.
+        """
+        if similarities_BK is None:
+            raise ConfigError("retriever 'dense': expected the hits' similarities, came none. Compute them first.")
+        return similarities_BK
+
+    def has_served(self, snapshot_id: str) -> bool:
+        """Whether a snapshot is live here or was before a swap."""
+        return snapshot_id in self._served
+
     def evidence(self, hits: Hits) -> Evidence:
         """Looks the passages up, :data:`~rag_lightning.retrieval.base.MISSING_PASSAGE` where nothing was found.
 
@@ -78,11 +107,8 @@ class DenseRetriever:
         Raises:
             StaleIndexError: Hits of a snapshot that was never served here.
         """
-        if hits.snapshot_id not in self._served:
-            raise StaleIndexError(
-                f"hits: expected ones of snapshot {self.snapshot_id} or of one served before it, "
-                f"came ones of {hits.snapshot_id}. Retrieve and look up with the same retriever."
-            )
+        if not self.has_served(hits.snapshot_id):
+            raise foreign_hits(self.snapshot_id, hits)
         return look_up(hits, self._corpus)
 
     def vectors(self, ids_BK: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

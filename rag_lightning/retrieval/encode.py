@@ -1,5 +1,6 @@
 """The whole corpus through the passage tower: what an index snapshot is made of."""
 
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
-from rag_lightning.encoders.bi_encoder import BiEncoder
+from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.errors import ConfigError
 from rag_lightning.retrieval.contexts import pad_sequences
 from rag_lightning.text.token_store import TokenStore
@@ -76,8 +77,6 @@ def encode_passages(
 ) -> Iterator[Float[Tensor, "N D"]]:
     """Yields the vectors of ``rows`` in order, block by block, float32 on the CPU, with dropout off.
 
-    Within a block, passages are batched by length, so little is spent on padding.
-
     Args:
         encoder: Whose passage tower encodes.
         tokens: The corpus in the encoder's vocabulary.
@@ -86,22 +85,117 @@ def encode_passages(
         progress: Shows a bar on the first process.
     """
     tower = encoder.passage_tower()
-    device = next(tower.parameters()).device
     was_training = tower.training
-    block_size = batch_size * BATCHES_PER_BLOCK
-    starts: Sequence[int] = range(rows.start, rows.stop, block_size)
-    shown = track(starts, description="encoding passages", disable=not progress or rank() != 0, transient=True)
+    blocks = row_blocks(rows, batch_size)
+    shown = track(blocks, description="encoding passages", disable=not progress or rank() != 0, transient=True)
     tower.eval()
     try:
-        for start in shown:
-            block = np.arange(start, min(start + block_size, rows.stop))
-            order = np.argsort(-tokens.lengths(block), kind="stable")
-            vectors = torch.empty(len(block), encoder.dimension)
-            for first in range(0, len(block), batch_size):
-                chosen = order[first : first + batch_size]
-                batch = tokens.batch(block[chosen]).to(device)
-                with torch.no_grad():  # here, not around the generator: a yield would leak it to the caller
-                    vectors[torch.from_numpy(chosen)] = tower(batch).float().cpu()
-            yield vectors
+        for block in shown:
+            yield encode_block(encoder, tokens, block, batch_size=batch_size)
     finally:
         tower.train(was_training)
+
+
+def row_blocks(rows: range, batch_size: int) -> list[range]:
+    """Returns ``rows`` in blocks of :data:`BATCHES_PER_BLOCK` batches; the last may be smaller.
+
+    >>> row_blocks(range(10, 110), batch_size=2)
+    [range(10, 74), range(74, 110)]
+    """
+    size = batch_size * BATCHES_PER_BLOCK
+    return [range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+
+def encode_block(encoder: BiEncoder, tokens: PassageTokens, rows: range, *, batch_size: int) -> Float[Tensor, "M D"]:
+    """Returns the vectors of one block of passages in order, float32 on the CPU, without gradient.
+
+    Passages are batched by length, so little is spent on padding. Vectors stay on the tower's device until the block is
+    done, so that a GPU is not waited for after each batch and the next one is prepared while it works. The caller puts
+    the tower in evaluation mode.
+
+    Args:
+        encoder: Whose passage tower encodes.
+        tokens: The corpus in the encoder's vocabulary.
+        rows: Which passages.
+        batch_size: Passages at a time.
+    """
+    rows_M = np.arange(rows.start, rows.stop)
+    tower = encoder.passage_tower()
+    batches = _batches_by_length(tokens, rows_M, batch_size)
+    encoded = [_encode(tower, tokens.batch(rows_M[chosen])) for chosen in batches]
+    vectors_MD = torch.empty(len(rows_M), encoder.dimension)
+    vectors_MD[torch.from_numpy(np.concatenate(batches))] = torch.cat(encoded).cpu()
+    return vectors_MD
+
+
+@torch.no_grad()
+def encode_questions(encoder: BiEncoder, questions: Sequence[str], *, batch_size: int = 64) -> Float[Tensor, "P D"]:
+    """Returns the query tower's vectors of some questions, float32 on the CPU, with dropout off.
+
+    Raises:
+        ConfigError: The encoder has no tokenizer.
+    """
+    if encoder.tokenizer is None:
+        raise ConfigError("this encoder has no tokenizer: give one when loading it")
+    tower, was_training = encoder.query, encoder.query.training
+    tower.eval()
+    vectors = []
+    try:
+        for first in range(0, len(questions), batch_size):
+            texts = [encoder.query_template.format(question=text) for text in questions[first : first + batch_size]]
+            ids = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_query_tokens)["input_ids"]
+            vectors.append(_encode(tower, pad_sequences(ids, encoder.tokenizer.pad_token_id)).cpu())
+    finally:
+        tower.train(was_training)
+    return torch.cat(vectors)
+
+
+def encoding_seconds(
+    encoder: BiEncoder, tokens: PassageTokens, *, batch_size: int = 64, num_batches: int = 8, seed: int = 0
+) -> float:
+    """Returns how long the corpus would take to encode here, from some batches of it.
+
+    They are drawn evenly from a block of passages sorted by length, so they are padded as in :func:`encode_block`.
+
+    Args:
+        encoder: Whose passage tower encodes.
+        tokens: The corpus in the encoder's vocabulary.
+        batch_size: Passages at a time.
+        num_batches: How many batches are timed, after one that is not.
+        seed: Seeds the draw.
+    """
+    tower = encoder.passage_tower()
+    was_training = tower.training
+    block = min(len(tokens), batch_size * BATCHES_PER_BLOCK)
+    rows_M = np.random.default_rng(seed).choice(len(tokens), block, replace=False)
+    batches = _batches_by_length(tokens, rows_M, batch_size)
+    chosen = batches[:: -(-len(batches) // num_batches)]
+    tower.eval()
+    try:
+        _encode(tower, tokens.batch(rows_M[chosen[-1]])).cpu()
+        start = time.perf_counter()
+        torch.cat([_encode(tower, tokens.batch(rows_M[batch])) for batch in chosen]).cpu()
+        seconds = time.perf_counter() - start
+    finally:
+        tower.train(was_training)
+    return seconds * len(tokens) / sum(map(len, chosen))
+
+
+def _batches_by_length(tokens: PassageTokens, rows_M: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Returns places in ``rows_M``, the longest passages first."""
+    order_M = np.argsort(-tokens.lengths(rows_M), kind="stable")
+    return [order_M[first : first + batch_size] for first in range(0, len(order_M), batch_size)]
+
+
+@torch.no_grad()
+def _encode(tower: Tower, batch: TokenBatch) -> Float[Tensor, "N D"]:
+    vectors_ND: Tensor = tower(_on(next(tower.parameters()).device, batch))
+    return vectors_ND.float()
+
+
+def _on(device: torch.device, batch: TokenBatch) -> TokenBatch:
+    if device.type != "cuda":
+        return batch.to(device)
+    # from pinned memory the copy waits for nothing that the GPU still has to do
+    pinned = TokenBatch(batch.input_ids.pin_memory(), batch.attention_mask.pin_memory())
+    return pinned.to(device, non_blocking=True)

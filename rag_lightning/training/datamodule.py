@@ -1,23 +1,25 @@
 """RagDataModule: reads corpus and questions, tokenises passages once, and knows which index snapshot is live."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
-import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.questions import read_questions
-from rag_lightning.errors import ConfigError, DataError, StaleIndexError
-from rag_lightning.index.snapshot import Snapshot, SnapshotStore, open_snapshot
+from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.index.bm25 import Bm25Index
 from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.base import Retriever
+from rag_lightning.retrieval.build import RetrieverSettings, build_retriever, open_bm25, open_cross_encoder
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.dense import DenseRetriever
-from rag_lightning.retrieval.encode import PassageTokens, encode_passages
+from rag_lightning.retrieval.encode import PassageTokens
+from rag_lightning.retrieval.rerank import live_vectors
 from rag_lightning.text.token_store import TokenStore, open_or_build
 from rag_lightning.training.examples import (
     Collator,
@@ -27,11 +29,13 @@ from rag_lightning.training.examples import (
     InverseClozeExamples,
     QuestionExamples,
 )
+from rag_lightning.training.live_index import IndexSettings, LiveIndex
 from rag_lightning.training.loader import QuestionLoader
 from rag_lightning.types import Question, TokenBatch
 from rag_lightning.utils import distributed
 
 logger = logging.getLogger(__name__)
+BuiltT = TypeVar("BuiltT")
 
 
 class RagDataModule(L.LightningDataModule):
@@ -49,11 +53,8 @@ class RagDataModule(L.LightningDataModule):
         seed: Seeds order and draws.
         cache_dir: Where token stores are kept; shared by all runs.
         index_dir: Where this run's index snapshots are kept.
-        snapshot: Folder of a ready snapshot to start from; by default the index is built at the start.
-        factory: ``exact`` or a FAISS factory string.
-        nprobe: FAISS inverted lists to search.
-        ef_search: FAISS graph search breadth.
-        encode_batch_size: Passages at a time while encoding the corpus.
+        index: How the index is built, kept and searched; exact search by default.
+        retriever: How passages are found: by vectors (the default), by words, by both; reranked or not.
         denoising: Settings of :class:`~rag_lightning.training.examples.DenoisingExamples`, for that objective.
         progress: Show progress bars.
     """
@@ -72,11 +73,8 @@ class RagDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str = "outputs/cache",
         index_dir: str = "outputs/index",
-        snapshot: str | None = None,
-        factory: str = "exact",
-        nprobe: int | None = None,
-        ef_search: int | None = None,
-        encode_batch_size: int = 64,
+        index: IndexSettings | None = None,
+        retriever: RetrieverSettings | None = None,
         denoising: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
@@ -90,27 +88,40 @@ class RagDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = Path(cache_dir)
         self.index_dir = Path(index_dir)
-        self.ready_snapshot = snapshot
-        self.factory = factory
-        self.search_settings = {"nprobe": nprobe, "ef_search": ef_search}
-        self.encode_batch_size = encode_batch_size
+        self.index_settings = index if index is not None else IndexSettings()
+        self.retriever_settings = retriever if retriever is not None else RetrieverSettings()
         self.denoising = dict(denoising) if denoising is not None else {}
         self.progress = progress
         self.questions: dict[str, list[Question]] = {}
-        self.retriever: DenseRetriever | None = None
+        self.index: LiveIndex | None = None
+        self.retriever: Retriever | None = None
+        self.bm25: Bm25Index | None = None
         self._corpus: PassageCorpus | None = None
         self._model: RagModel | None = None
         self._train_kind: ExampleKind = "questions"
         self._eval_kind: ExampleKind = "questions"
         self._retrieves = True
+        self._num_negatives = 0
+        self._cross_process = False
         self._assembler: ContextAssembler | None = None
         self._passage_tokens: PassageTokens | None = None
-        self._live: dict[str, Any] = {}
+        self._restored: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ set-up
 
-    def bind(self, model: RagModel, *, train_kind: ExampleKind, eval_kind: ExampleKind, retrieves: bool) -> None:
+    def bind(
+        self,
+        model: RagModel,
+        *,
+        train_kind: ExampleKind,
+        eval_kind: ExampleKind,
+        retrieves: bool,
+        num_negatives: int = 0,
+        cross_process: bool = False,
+    ) -> None:
         """Names the model whose vocabularies and towers the data are made for, and what its objective feeds on."""
+        self._num_negatives = num_negatives
+        self._cross_process = cross_process
         self._model = model
         self._train_kind = train_kind
         self._eval_kind = eval_kind
@@ -146,6 +157,27 @@ class RagDataModule(L.LightningDataModule):
         if self._corpus is not None and model.encoder is not None:
             self._passage_tokens = PassageTokens(
                 encoder=model.encoder, corpus=self._corpus, store=self._encoder_store()
+            )
+        if self._retrieves:
+            self._set_up_retrieval()
+
+    def _set_up_retrieval(self) -> None:
+        settings = self.retriever_settings
+        if settings.needs_vectors:
+            self.index = LiveIndex(
+                model=self.model,
+                corpus=self.corpus,
+                tokens=self._passage_tokens,
+                root=self.index_dir,
+                settings=self.index_settings,
+                seed=self.seed,
+                progress=self.progress,
+            )
+            if self._restored:
+                self.index.load_state_dict(self._restored)
+        if settings.needs_words:
+            self.bm25 = _rank_0_first(
+                lambda: open_bm25(settings, self.corpus, cache_dir=self.cache_dir, progress=self.progress)
             )
 
     def _check_trainable(self) -> None:
@@ -185,9 +217,7 @@ class RagDataModule(L.LightningDataModule):
                 progress=self.progress,
             )
 
-        store = build() if distributed.rank() == 0 else None
-        distributed.barrier()
-        return store if store is not None else build()
+        return _rank_0_first(build)
 
     # ------------------------------------------------------------------ what a step needs
 
@@ -217,6 +247,13 @@ class RagDataModule(L.LightningDataModule):
         if self._passage_tokens is None:
             raise ConfigError("this run has no passage encoder")
         return self._passage_tokens.batch(ids_BK.reshape(-1).cpu().numpy()).to(ids_BK.device)
+
+    def live_vectors(self, ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Returns the vectors of passage numbers under the passage tower as it is now, without gradient or dropout."""
+        encoder = self.model.encoder
+        if encoder is None or self._passage_tokens is None:
+            raise ConfigError("this run has no passage encoder")
+        return live_vectors(encoder, self._passage_tokens, batch_size=self.index_settings.encode_batch_size)(ids_BL)
 
     # ------------------------------------------------------------------ loaders
 
@@ -307,94 +344,58 @@ class RagDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ the live index
 
     @property
+    def dense(self) -> DenseRetriever | None:
+        """The retriever over the live snapshot; None before there is one, and where words alone are searched."""
+        return self.index.retriever if self.index is not None else None
+
+    @property
     def snapshot_step(self) -> int:
         """The optimiser step at which the live snapshot's encoder stood."""
-        return self.retriever.snapshot.manifest.step if self.retriever is not None else 0
+        return self.index.step if self.index is not None else 0
 
     def ensure_index(self, *, step: int, fresh: bool = False) -> None:
-        """Makes a snapshot live if none is: the resumed one, the ready one, or one built now.
+        """Makes a snapshot live if none is, see :meth:`LiveIndex.ensure`, and the retriever ready that searches it.
 
         Args:
             step: Optimiser steps taken.
             fresh: Build anew unless the live snapshot is of the passage tower as it is now.
-
-        Raises:
-            StaleIndexError: The ready snapshot is of another encoder or corpus.
         """
         if not self._retrieves:
             return
-        device = next(self.model.parameters()).device
-        if self.retriever is None and self._live:
-            self._go_live(
-                self._snapshots(device).open(
-                    self._live["snapshot_id"],
-                    encoder_hash=self._live["encoder_hash"],
-                    corpus_hash=self.corpus.hash,
-                )
-            )
-        elif self.retriever is None and self.ready_snapshot is not None:
-            self._go_live(self._open_ready(self.ready_snapshot, device))
-        if self.retriever is None or (fresh and self._is_stale(self.retriever.snapshot)):
-            self._go_live(self.build_snapshot(step))
-
-    def _open_ready(self, path: str, device: torch.device) -> Snapshot:
-        encoder = self.model.encoder
-        has_tower = encoder is not None and encoder.passage is not None
-        encoder_hash = encoder.passage_hash() if encoder is not None and has_tower else None
-        return open_snapshot(path, encoder_hash=encoder_hash, corpus_hash=self.corpus.hash, device=device)
-
-    def _is_stale(self, snapshot: Snapshot) -> bool:
-        encoder = self.model.encoder
-        if encoder is None or encoder.passage is None:
-            return False
-        return snapshot.manifest.encoder_hash != encoder.passage_hash()
-
-    def build_snapshot(self, step: int) -> Snapshot:
-        """Encodes the corpus, each process its part, and publishes a snapshot; the live one stays live."""
-        encoder = self.model.encoder
-        if encoder is None or self._passage_tokens is None:
-            raise ConfigError("this run has no passage encoder to build an index with")
-        rows = distributed.shard(len(self.corpus), distributed.rank(), distributed.world_size())
-        device = next(self.model.parameters()).device
-        return self._snapshots(device).publish_shards(
-            encode_passages(
-                encoder, self._passage_tokens, rows, batch_size=self.encode_batch_size, progress=self.progress
-            ),
-            encoder_hash=encoder.passage_hash(),
-            corpus_hash=self.corpus.hash,
-            pooling=encoder.passage_tower().pooling,
-            factory=self.factory,
-            metric=self.model.settings.metric,
-            step=step,
-        )
-
-    def swap(self, snapshot: Snapshot) -> None:
-        """Makes a snapshot live; call it at a step boundary."""
-        self._go_live(snapshot)
-
-    def _go_live(self, snapshot: Snapshot) -> None:
-        if snapshot.manifest.metric != self.model.settings.metric:
-            raise StaleIndexError(
-                f"index snapshot {snapshot.id}: expected metric {self.model.settings.metric!r} as the model's, "
-                f"came {snapshot.manifest.metric!r}. Build the index again."
-            )
+        if self.index is not None:
+            self.index.ensure(step=step, fresh=fresh)
         if self.retriever is None:
-            self.retriever = DenseRetriever(snapshot, self.corpus)
-        else:
-            self.retriever.swap(snapshot)
+            self.retriever = self._build_retriever()
 
-    def _snapshots(self, device: torch.device) -> SnapshotStore:
-        search_device = device if device.type != "cpu" else None
-        return SnapshotStore(self.index_dir, device=search_device, seed=self.seed, **self.search_settings)
+    def _build_retriever(self) -> Retriever:
+        settings = self.retriever_settings
+        cross_encoder = open_cross_encoder(settings)
+        if cross_encoder is not None:
+            cross_encoder = cross_encoder.to(next(self.model.parameters()).device).eval()
+        return build_retriever(
+            settings,
+            corpus=self.corpus,
+            dense=self.dense,
+            bm25=self.bm25,
+            fusion=self.model.fusion,
+            reencode=self.live_vectors,
+            cross_encoder=cross_encoder,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which snapshot is live; Lightning keeps it in the checkpoint."""
-        if self.retriever is None:
-            return {}
-        manifest = self.retriever.snapshot.manifest
-        return {"snapshot_id": manifest.snapshot_id, "encoder_hash": manifest.encoder_hash}
+        return self.index.state_dict() if self.index is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers which snapshot was live, to be opened by :meth:`ensure_index`."""
-        self._live = dict(state_dict)
+        self._restored = dict(state_dict)
         self.retriever = None
+        if self.index is not None:
+            self.index.load_state_dict(self._restored)
+
+
+def _rank_0_first(build: Callable[[], BuiltT]) -> BuiltT:
+    """Lets rank 0 build what the other processes then find on disk."""
+    built = build() if distributed.rank() == 0 else None
+    distributed.barrier()
+    return built if built is not None else build()

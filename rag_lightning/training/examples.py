@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from rag_lightning.corpora.passages import PassageCorpus
@@ -33,12 +34,14 @@ class Example:
         answer: Target text; empty where none is known.
         positive_row: Number of a gold passage, ``-1`` where none is known.
         passage: The passage to read or to contrast, possibly altered; None where retrieval will find passages.
+        negative_rows: Numbers of the hard negatives to contrast it with.
     """
 
     question: Question
     answer: str
     positive_row: int = -1
     passage: Passage | None = None
+    negative_rows: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -62,9 +65,13 @@ class QuestionExamples:
         corpus: To number gold passages; None without retrieval.
         sample_answers: Draw one of the accepted answers at each visit, instead of the first.
         with_passage: Attach a gold passage (drawn where there are several); every question must have one.
+        num_negatives: Attach so many of the question's hard negatives, drawn anew at each visit. A question that has
+            fewer is filled up with random passages of the corpus that are not gold for it; such a passage may hold the
+            answer by chance, which a mined one does not.
 
     Raises:
-        DataError: ``with_passage`` and a question without a gold passage.
+        DataError: ``with_passage`` and a question without a gold passage; hard negatives asked for and no question has
+            any, or the corpus is too small to fill them up.
     """
 
     def __init__(
@@ -74,11 +81,13 @@ class QuestionExamples:
         *,
         sample_answers: bool = False,
         with_passage: bool = False,
+        num_negatives: int = 0,
     ) -> None:
         self.questions = questions
         self.corpus = corpus
         self.sample_answers = sample_answers
         self.with_passage = with_passage
+        self.num_negatives = num_negatives
         if with_passage:
             bare = next((question.id for question in questions if not question.positive_passage_ids), None)
             if bare is not None:
@@ -86,6 +95,8 @@ class QuestionExamples:
                     f"question {bare!r} has no positive_passage_ids, but this objective reads gold passages: add them, "
                     "or use examples=inverse_cloze, which needs no questions"
                 )
+        if num_negatives > 0:
+            _check_negatives(questions, corpus, num_negatives)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -103,7 +114,36 @@ class QuestionExamples:
             held = [answer for answer in answers if contains_answer(f"{passage.title} {passage.text}", [answer])]
             answers = held if held else answers
         answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
-        return Example(question, answer, row, passage)
+        return Example(question, answer, row, passage, self._negatives(question, rng))
+
+    def _negatives(self, question: Question, rng: random.Random) -> tuple[int, ...]:
+        if self.num_negatives == 0 or self.corpus is None:
+            return ()
+        known = question.negative_passage_ids
+        chosen = rng.sample(known, min(self.num_negatives, len(known)))
+        rows = [self.corpus.row_of(passage_id) for passage_id in chosen]
+        taken = {*rows, *(self.corpus.row_of(passage_id) for passage_id in question.positive_passage_ids)}
+        while len(rows) < self.num_negatives:
+            row = rng.randrange(len(self.corpus))
+            if row not in taken:
+                rows.append(row)
+                taken.add(row)
+        return tuple(rows)
+
+
+def _check_negatives(questions: Sequence[Question], corpus: PassageCorpus | None, num_negatives: int) -> None:
+    if not any(question.negative_passage_ids for question in questions):
+        raise DataError(
+            f"expected questions with negative_passage_ids, since {num_negatives} hard negatives are asked for, came "
+            "none: mine them (rag-lightning mine), or set objective.hard_negatives=0"
+        )
+    most_gold = max(len(question.positive_passage_ids) for question in questions)
+    if corpus is None or len(corpus) < most_gold + num_negatives:
+        raise DataError(
+            f"expected at least {most_gold + num_negatives} passages to draw {num_negatives} hard negatives beside up "
+            f"to {most_gold} gold passages, came {len(corpus) if corpus is not None else 0}: lower "
+            "objective.hard_negatives"
+        )
 
 
 class InverseClozeExamples:
@@ -232,7 +272,8 @@ class Collator:
     Args:
         model: Knows both vocabularies.
         assembler: Joins an example's own passage to its question; None without reading passages.
-        passage_tokens: Writes an example's own passage for the passage tower; None without contrasting.
+        passage_tokens: Writes an example's own passage, and hard negatives, for the passage tower; None without
+            contrasting.
     """
 
     def __init__(
@@ -256,6 +297,10 @@ class Collator:
             contexts = self.assembler.contexts_of(passages, prompt)
         if len(passages) == len(examples) and self.passage_tokens is not None:
             own = self.passage_tokens.batch_of(passages)
+        negative_rows_BM = np.asarray([example.negative_rows for example in examples], dtype=np.int64)
+        negatives = None
+        if negative_rows_BM.size > 0 and self.passage_tokens is not None:
+            negatives = self.passage_tokens.batch(negative_rows_BM.reshape(-1))
         return QuestionBatch(
             questions=tuple(example.question for example in examples),
             query=self.model.query_tokens(texts) if self.model.encoder is not None else None,
@@ -265,4 +310,6 @@ class Collator:
             weights_B=torch.tensor(list(weights), dtype=torch.float32),
             contexts=contexts,
             passages=own,
+            negatives=negatives,
+            negative_ids_BM=torch.from_numpy(negative_rows_BM) if negatives is not None else None,
         )

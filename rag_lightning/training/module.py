@@ -22,6 +22,7 @@ from rag_lightning.training.optim import (
     OptimSettings,
     build_optimizer,
     build_scheduler,
+    check_learns,
     freeze_all_but,
     modules_of,
 )
@@ -115,6 +116,12 @@ class RagLightningModule(L.LightningModule):
             "Lower the learning rates, clip gradients, or look at these questions."
         )
 
+    def on_train_start(self) -> None:
+        """Refuses to train a part that the loss does not reach through the retriever."""
+        learns_from_hits = self.objective.reads == "retrieved" and self.objective.examples == "questions"
+        if learns_from_hits and self.data.retriever is not None:
+            check_learns(self.model, self.data.retriever, self.trained)
+
     def _sources(self, *, reencode: bool) -> Sources:
         data = self.data
         return Sources(data.assembler, data.retriever, data.encoder_tokens if reencode else None)
@@ -144,7 +151,7 @@ class RagLightningModule(L.LightningModule):
         sums = torch.stack([(values_B.float() * weights_B).sum() for values_B in each.values()] + [weights_B.sum()])
         *totals, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         figures = {name: total / count for name, total in zip(each, totals, strict=True)}
-        if self.data.retriever is not None:
+        if self.data.dense is not None:
             figures["index/age_steps"] = float(self.global_step - self.data.snapshot_step)
         return figures
 

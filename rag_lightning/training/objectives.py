@@ -12,16 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rag_lightning.encoders.bi_encoder import Tower
+from rag_lightning.encoders.cached import encode_in_chunks
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.generators.base import EncodedContexts
-from rag_lightning.index.base import similarity
-from rag_lightning.losses.retriever import in_batch_contrastive
+from rag_lightning.index.base import Metric, unit_length
+from rag_lightning.losses.retriever import false_negatives, in_batch_contrastive
 from rag_lightning.rag import Marginal, RagModel
 from rag_lightning.rag_parts import MarginalKind
 from rag_lightning.retrieval.base import Retriever
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.types import Hits, QuestionBatch, RagBatch, TensorRecord, TokenBatch
+from rag_lightning.utils import distributed
 
 Reads = Literal["retrieved", "own", "nothing"]
 
@@ -64,12 +67,23 @@ class Outcome(TensorRecord):
 
 @runtime_checkable
 class Objective(Protocol):
-    """One way to train."""
+    """One way to train.
+
+    Attributes:
+        reads: Retrieved passages, the examples' own, or none.
+        examples: What is trained on.
+        eval_examples: What is validated and tested on.
+        trains: The parts that learn.
+        num_negatives: Hard negatives wanted with each training example.
+        cross_process: Whether a process's loss reads other processes' examples too.
+    """
 
     reads: Reads
     examples: ExampleKind
     eval_examples: ExampleKind
     trains: tuple[str, ...]
+    num_negatives: int
+    cross_process: bool
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the losses of a batch."""
@@ -89,6 +103,8 @@ class MarginalObjective:
     examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
     trains: tuple[str, ...] = ("query_encoder", "passage_encoder", "generator")
+    num_negatives: int = 0
+    cross_process: bool = False
 
     def __init__(self, *, kind: MarginalKind, label_smoothing: float = 0.0, hf_compat: bool = False) -> None:
         _check_smoothing(label_smoothing)
@@ -117,6 +133,8 @@ class ClosedBook:
     examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
     trains: tuple[str, ...] = ("generator",)
+    num_negatives: int = 0
+    cross_process: bool = False
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         _check_smoothing(label_smoothing)
@@ -143,6 +161,8 @@ class Denoising:
     examples: ExampleKind = "denoising"
     eval_examples: ExampleKind = "gold_passages"
     trains: tuple[str, ...] = ("generator",)
+    num_negatives: int = 0
+    cross_process: bool = False
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         _check_smoothing(label_smoothing)
@@ -157,26 +177,55 @@ class Denoising:
 
 
 class Contrastive:
-    """Warm-up of the retriever with in-batch negatives (Karpukhin et al. 2020, DPR §3.2).
+    """Warm-up of the retriever with in-batch and hard negatives (Karpukhin et al. 2020, DPR §3.2).
 
-    Negatives are the other passages of the process's own part of the batch. A passage that is also gold for a question
-    is no negative for it.
+    A question's negatives are the other passages of the batch: the other questions' gold passages, and the hard
+    negatives of all questions. A passage that is also gold for a question is no negative for it, nor is a filler's.
+
+    With several processes, each one's questions are contrasted with the passages of all. The vectors are gathered so
+    that each process's own part keeps its gradient, and what other processes' losses say of it is added
+    (:func:`~rag_lightning.utils.distributed.all_gather_rows_with_grad`). As the module scales losses by the number of
+    processes and DDP averages gradients, W processes take exactly the step of one with the same batch; without that
+    sum, a passage would learn from one question in W only.
 
     Args:
         examples: ``gold_passages`` (questions with gold passages), ``inverse_cloze`` (passages alone) or ``denoising``
             (both, with renamed entities and spans as questions; settings under ``data.denoising``).
+        hard_negatives: How many of each question's ``negative_passage_ids`` to add, drawn anew at each visit.
+        cross_process: False contrasts each process's questions with its own passages only, so that a step depends on
+            the number of processes.
+        cache_chunk: Encode with gradient so many texts at a time and again in the backward pass: large batches in
+            little memory (:mod:`rag_lightning.encoders.cached`). None encodes them all at once.
     """
 
     reads: Reads = "retrieved"
     eval_examples: ExampleKind = "questions"
     trains: tuple[str, ...] = ("query_encoder", "passage_encoder")
 
-    def __init__(self, *, examples: Literal["gold_passages", "inverse_cloze", "denoising"] = "gold_passages") -> None:
+    def __init__(
+        self,
+        *,
+        examples: Literal["gold_passages", "inverse_cloze", "denoising"] = "gold_passages",
+        hard_negatives: int = 0,
+        cross_process: bool = True,
+        cache_chunk: int | None = None,
+    ) -> None:
         if examples not in ("gold_passages", "inverse_cloze", "denoising"):
             raise ConfigError(
                 f"objective.examples: expected gold_passages, inverse_cloze or denoising, got {examples!r}"
             )
+        if hard_negatives < 0 or (hard_negatives > 0 and examples != "gold_passages"):
+            raise ConfigError(
+                "objective.hard_negatives: expected 0, or more with objective.examples=gold_passages (other examples "
+                f"alter their passages, and an unaltered negative would be told apart by that), got {hard_negatives} "
+                f"with {examples}"
+            )
+        if cache_chunk is not None and cache_chunk < 1:
+            raise ConfigError(f"objective.cache_chunk: expected at least 1 text at a time, or null, got {cache_chunk}")
         self.examples: ExampleKind = examples
+        self.num_negatives = hard_negatives
+        self.cross_process = cross_process
+        self.cache_chunk = cache_chunk
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the contrastive loss; on batches without passages (validation) only retrieves."""
@@ -189,15 +238,72 @@ class Contrastive:
             texts = [question.question for question in batch.questions]
             hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever)
             return Outcome(torch.zeros_like(scores_BK[:, 0]), ones_B, hits=hits, doc_scores_BK=scores_BK)
-        queries_BD = model.encoder.query(batch.query)
-        passages_BD = model.encoder.passage_tower()(batch.passages)
-        passages_BBD = passages_BD[None].expand(len(queries_BD), -1, -1)
-        scores_BB = similarity(queries_BD, passages_BBD, model.settings.metric) / model.settings.temperature
-        if len(queries_BD) == 1:  # the odd last one of an epoch has nothing to be contrasted with
-            return Outcome(0.0 * scores_BB.sum(dim=1), ones_B)
-        ids_B = batch.positive_ids
-        same_BB = (ids_B[:, None] == ids_B[None]) & (ids_B >= 0)[:, None]
-        return Outcome(in_batch_contrastive(scores_BB, torch.arange(len(ids_B), device=ids_B.device), same_BB), ones_B)
+        columns = self._columns(batch)
+        queries_BD = self._encode(model.encoder.query, batch.query)
+        tower = model.encoder.passage_tower()
+        own = [batch.passages] if batch.negatives is None else [batch.passages, batch.negatives]
+        passages_ND = torch.cat([self._encode(tower, tokens) for tokens in own])
+        first = 0
+        if self.cross_process:  # after the towers, so that its backward comes before DDP's first collective everywhere
+            passages_ND = distributed.all_gather_rows_with_grad(passages_ND)
+            columns = distributed.all_gather_rows(columns)
+            first = int((columns[:, 2] < distributed.rank()).sum())
+        scores_BN = _all_pairs(queries_BD, passages_ND, model.settings.metric) / model.settings.temperature
+        if scores_BN.shape[1] < 2:  # the odd last one of an epoch has nothing to be contrasted with
+            return Outcome(0.0 * scores_BN.sum(dim=1), ones_B)
+        ignored_BN = false_negatives(_gold_rows(batch, sources), columns[:, 0], columns[:, 1] > 0)
+        own_B = first + torch.arange(len(queries_BD), device=queries_BD.device)
+        return Outcome(in_batch_contrastive(scores_BN, own_B, ignored_BN), ones_B)
+
+    def _encode(self, tower: Tower, tokens: TokenBatch) -> Float[Tensor, "N D"]:
+        return tower(tokens) if self.cache_chunk is None else encode_in_chunks(tower, tokens, self.cache_chunk)
+
+    def _columns(self, batch: QuestionBatch) -> Int[Tensor, "N 3"]:
+        """Returns what this process's passages are: number, 1 unless a filler's, and the process's own number.
+
+        Gold passages come first, then each question's hard negatives.
+        """
+        counted_B = (batch.weights_B > 0).long()
+        ids, counted = [batch.positive_ids], [counted_B]
+        found = 0 if batch.negative_ids_BM is None else batch.negative_ids_BM.shape[1]
+        if found != self.num_negatives:
+            raise DataError(
+                f"objective contrastive: expected {self.num_negatives} hard negatives for each question, as "
+                f"objective.hard_negatives says, came {found}"
+            )
+        if batch.negative_ids_BM is not None:
+            ids.append(batch.negative_ids_BM.reshape(-1))
+            counted.append(counted_B.repeat_interleave(found))
+        ids_N = torch.cat(ids)
+        return torch.stack([ids_N, torch.cat(counted), torch.full_like(ids_N, distributed.rank())], dim=1)
+
+
+def _gold_rows(batch: QuestionBatch, sources: Sources) -> Int[Tensor, "B G"]:
+    """Returns all gold passages known of each question, the one drawn first, filled up with -1."""
+    corpus = sources.assembler.corpus
+    rows = [[drawn] for drawn in batch.positive_ids.tolist()]
+    for row, question in zip(rows, batch.questions, strict=True):
+        row += [corpus.row_of(passage_id) for passage_id in question.positive_passage_ids] if corpus is not None else []
+    width = max(len(row) for row in rows)
+    filled = [row + [-1] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.long, device=batch.positive_ids.device)
+
+
+def _all_pairs(
+    queries_BD: Float[Tensor, "B D"], passages_ND: Float[Tensor, "N D"], metric: Metric
+) -> Float[Tensor, "B N"]:
+    """Returns :func:`~rag_lightning.index.base.similarity` of all pairs by one product, without ``[B, N, D]``.
+
+    ``l2`` leaves out the question's own squared length, which a softmax over passages does not see.
+    """
+    with torch.autocast(queries_BD.device.type, enabled=False):
+        dtype = torch.promote_types(queries_BD.dtype, torch.float32)
+        queries_BD, passages_ND = queries_BD.to(dtype), passages_ND.to(dtype)
+        if metric == "cosine":
+            queries_BD = unit_length(queries_BD, "query vectors")
+            passages_ND = unit_length(passages_ND, "passage vectors")
+        products_BN = queries_BD @ passages_ND.T
+        return 2.0 * products_BN - passages_ND.square().sum(dim=1) if metric == "l2" else products_BN
 
 
 def _read(

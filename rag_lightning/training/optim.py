@@ -11,9 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.base import Retriever
 
 Schedule = Literal["constant", "linear", "cosine", "polynomial"]
-PARTS = ("query_encoder", "passage_encoder", "generator")
+PARTS = ("query_encoder", "passage_encoder", "generator", "fusion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,13 @@ class OptimSettings:
         lr_query_encoder: Peak learning rate of the query tower.
         lr_passage_encoder: Peak learning rate of the passage tower.
         lr_generator: Peak learning rate of the generator.
+        lr_fusion: Peak learning rate of a hybrid retriever's learned gate: a handful of weights from zero, so far above
+            those of pretrained parts.
         train_query_encoder: False freezes the query tower.
         train_passage_encoder: True trains the passage tower too: the K retrieved passages are encoded again with
             gradient at each step. Wants ``reindex.schedule``, or the index goes stale.
         train_generator: False freezes the generator.
+        train_fusion: False freezes the gate. Without effect on a model whose fusion learns nothing.
         weight_decay: On matrices; biases and norms are left alone.
         beta1: First moment's decay.
         beta2: Second moment's decay.
@@ -40,9 +44,11 @@ class OptimSettings:
     lr_query_encoder: float = 1e-5
     lr_passage_encoder: float = 1e-5
     lr_generator: float = 3e-5
+    lr_fusion: float = 1e-3
     train_query_encoder: bool = True
     train_passage_encoder: bool = False
     train_generator: bool = True
+    train_fusion: bool = True
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -75,7 +81,33 @@ def modules_of(model: RagModel) -> dict[str, nn.Module]:
         parts["query_encoder"] = model.encoder.query
         if model.encoder.passage is not None and not model.encoder.shared:
             parts["passage_encoder"] = model.encoder.passage
+    if model.fusion is not None and any(True for _ in model.fusion.parameters()):
+        parts["fusion"] = model.fusion
     return parts
+
+
+def check_learns(model: RagModel, retriever: Retriever, trained: Iterable[str]) -> None:
+    """Refuses to train a part that the loss cannot reach through this retriever: it would stay as it is, silently.
+
+    For objectives that learn from retrieved passages (the marginals). One that scores passages of its own, such as the
+    contrastive one, reaches the encoders whatever retrieves.
+
+    Args:
+        model: What is trained.
+        retriever: What gives the document scores.
+        trained: The parts that are to learn.
+
+    Raises:
+        ConfigError: Names the part and the setting that freezes it.
+    """
+    for part in sorted((set(trained) & set(modules_of(model))) - {"generator", *retriever.gradient_to}):
+        taught = " and ".join(retriever.gradient_to) or "no part of the model"
+        raise ConfigError(
+            f"optim.train_{part}=true, but retriever {retriever.snapshot_id} gives a gradient to {taught}: its "
+            f"document scores do not depend on the {part.replace('_', ' ')}, which would never learn. Set "
+            f"optim.train_{part}=false, or choose a retriever that teaches it (dense, or hybrid with fusion convex or "
+            "gate, whose scores move with the encoders)."
+        )
 
 
 def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
@@ -94,7 +126,8 @@ def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
     if not trained & set(parts):
         raise ConfigError(
             f"nothing to train: this objective trains {sorted(trained) or 'only frozen parts'}, the model has "
-            f"{sorted(parts)}. Set one of optim.train_query_encoder, train_passage_encoder, train_generator."
+            f"{sorted(parts)}. Set one of optim.train_query_encoder, train_passage_encoder, train_generator, "
+            "train_fusion."
         )
     for name, module in parts.items():
         module.requires_grad_(name in trained)

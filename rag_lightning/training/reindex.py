@@ -2,18 +2,23 @@
 
 import itertools
 import logging
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning as L
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from rag_lightning.errors import ConfigError
+from rag_lightning.index.locks import SnapshotLock
 from rag_lightning.metrics.diagnostics import overlap_at_k
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.refresh import AsyncRefresher, Refresher, SyncRefresher
+from rag_lightning.training.staleness import freshness, take_probe
+from rag_lightning.utils import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -77,95 +82,303 @@ def _positive(period: str, text: object) -> int:
 
 
 class ReindexCallback(L.Callback):
-    """Keeps the index: builds the first one, refreshes by schedule, and makes sure a test searches a fresh one.
+    """Keeps the index: builds the first one, refreshes it, and makes sure a test searches a fresh one.
 
-    Refreshing is synchronous: the new snapshot is built beside the live one, verified, published by rename, and
-    swapped in at the end of an optimiser step. The schedule is a function of the step alone and the live snapshot's id
-    is in the checkpoint, so a resumed run goes on as if it had not stopped. A refresh that failed (a full disk) or was
-    broken off is made up for when the run is resumed.
+    A refresh builds a new snapshot beside the live one, verifies it, publishes it by rename, and takes it live at the
+    end of an optimiser step, in all processes at the same one. ``mode`` says whether training waits meanwhile. The
+    schedule is a function of the step alone, and the checkpoint holds the live snapshot's id and the refresh under
+    way, so a resumed run goes on as if it had not stopped. A refresh that failed (a full disk) or was broken off is
+    made up for when the run is resumed.
 
     Args:
-        schedule: See :meth:`ReindexSchedule.parse`.
-        probe_size: Questions whose retrieval before and after a refresh is compared (overlap@K).
+        mode: ``sync`` encodes in the training processes while training waits; ``async`` leaves it to a process of its
+            own, see :class:`~rag_lightning.training.refresh.AsyncRefresher`.
+        schedule: See :meth:`ReindexSchedule.parse`; nothing never refreshes.
+        trigger: ``schedule`` refreshes when the schedule says so; ``staleness`` measures then, and refreshes where the
+            live index has drifted, see :func:`~rag_lightning.training.staleness.freshness`.
+        min_overlap: For ``staleness``: refresh when overlap@K of live and fresh retrieval falls below it, in (0, 1].
+        num_candidates: For ``staleness``: passages found for each probe question and encoded anew.
+        probe_size: Questions whose retrieval is compared before and after a refresh, and measured for staleness.
+        keep_last: Snapshots to keep; the live one and that of the last checkpoint are kept besides.
+        device: For ``async``: where the builder encodes, such as ``cuda:1`` or ``cpu``; by default the model's device.
+        num_threads: For ``async``: CPU threads of the builder; by default as many as this process.
+        lag_steps: For ``async``: take the new snapshot live after exactly so many steps; by default as soon as it is
+            there.
+        max_attempts: For ``async``: how often to try one refresh.
+
+    Raises:
+        ConfigError: A mode, trigger or number out of range, or a setting that nothing would read.
     """
 
-    def __init__(self, *, schedule: str | int | None = None, probe_size: int = 128) -> None:
+    def __init__(
+        self,
+        *,
+        mode: Literal["sync", "async"] = "sync",
+        schedule: str | int | None = None,
+        trigger: Literal["schedule", "staleness"] = "schedule",
+        min_overlap: float = 0.9,
+        num_candidates: int = 50,
+        probe_size: int = 128,
+        keep_last: int = 2,
+        device: str | None = None,
+        num_threads: int | None = None,
+        lag_steps: int | None = None,
+        max_attempts: int = 3,
+    ) -> None:
+        _check_settings(mode, trigger, min_overlap, num_candidates, probe_size, keep_last, lag_steps, max_attempts)
+        self.mode = mode
         self.schedule = ReindexSchedule.parse(schedule)
+        self.trigger = trigger
+        self.min_overlap = min_overlap
+        self.num_candidates = num_candidates
         self.probe_size = probe_size
+        self.keep_last = keep_last
+        self.device = device
+        self.num_threads = num_threads
+        self.lag_steps = lag_steps
+        self.max_attempts = max_attempts
+        self.refresher: Refresher = SyncRefresher()
+        self._lock: SnapshotLock | None = None
         self._last_step = 0
+        self._restored_pending: int | None = None
+        self._began = 0.0
+        self._stalls: list[float] = []
+        self._step_seconds: deque[float] = deque(maxlen=100)
+        self._step_end = 0.0
+
+    # ------------------------------------------------------------------ hooks
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses a schedule that would do nothing."""
-        module, _ = _parts(trainer, pl_module)
+        """Refuses a schedule that would do nothing, and a folder of snapshots that another run is using."""
+        module, data = _parts(trainer, pl_module)
         if self.schedule.pieces and "passage_encoder" not in module.trained:
             raise ConfigError(
                 "reindex.schedule is set but the passage encoder does not learn, so every refresh would build the same "
                 "index: set optim.train_passage_encoder=true, or reindex=none"
             )
+        if self.mode == "async" and self.schedule.pieces:
+            _check_strategy(trainer)
+            self.refresher = AsyncRefresher(
+                passages=str(data.passages),
+                cache_dir=data.cache_dir,
+                device=self.device,
+                num_threads=self.num_threads,
+                lag_steps=self.lag_steps,
+                max_attempts=self.max_attempts,
+            )
+        if data.index is not None:
+            self._take_folder(data)
+            if isinstance(self.refresher, AsyncRefresher):
+                self.refresher.start(data.index)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live before anything is retrieved."""
-        _parts(trainer, pl_module)[1].ensure_index(step=trainer.global_step)
+        self._ensure(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live, now that weights and step of a resumed run are restored under every strategy."""
         _, data = _parts(trainer, pl_module)
         step = self._last_step = trainer.global_step
-        data.ensure_index(step=step)
-        if self.schedule.is_due(step) and data.snapshot_step < step:
-            self._refresh(trainer, step)
+        self._step_end = time.perf_counter()
+        self._ensure(trainer, pl_module)
+        if data.index is None or data.dense is None:
+            return
+        if self._restored_pending is not None and isinstance(self.refresher, AsyncRefresher):
+            pending, self._restored_pending = self._restored_pending, None
+            self._began, self._stalls = time.perf_counter(), []
+            if self.refresher.resume(data.index, pending):
+                return
+            logger.warning("the refresh of step %d was not kept; it begins anew at step %d", pending, step)
+            self._begin(trainer, step)
+        elif self.schedule.is_due(step) and data.snapshot_step < step and self.trigger == "schedule":
+            self._begin(trainer, step)
+        self._finish(trainer, step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Tells the other processes how far a refresh under way is; the answer is read after the batch."""
+        self.refresher.announce(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Refreshes at the end of an optimiser step at which one is due."""
+        """At the end of an optimiser step: takes a finished snapshot live, begins a refresh that is due."""
         step = trainer.global_step
         if step == self._last_step:  # gradients are still accumulating
             return
         self._last_step = step
-        if self.schedule.is_due(step):
-            self._refresh(trainer, step)
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._step_end)
+        self._finish(trainer, step)
+        if self.schedule.is_due(step) and self.refresher.pending_step is None and self._wanted(trainer, step):
+            self._begin(trainer, step)
+            self._finish(trainer, step)
+        self._step_end = time.perf_counter()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Waits until the passage tower of a refresh under way is on disk, where a resumed run will look for it."""
+        if isinstance(self.refresher, AsyncRefresher):
+            self.refresher.settle()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live for a validation outside training; within training the live one is used as it is."""
         if not trainer.training and not trainer.sanity_checking and trainer.state.fn != "fit":
-            _parts(trainer, pl_module)[1].ensure_index(step=trainer.global_step, fresh=True)
+            self._ensure(trainer, pl_module, fresh=True)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes sure that the test searches an index of the passage tower as it is."""
-        _parts(trainer, pl_module)[1].ensure_index(step=trainer.global_step, fresh=True)
+        self._ensure(trainer, pl_module, fresh=True)
 
-    def _refresh(self, trainer: L.Trainer, step: int) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ends the builder and gives the folder of snapshots back."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same: Lightning tears nothing down after an error."""
+        self._close()
+
+    def _close(self) -> None:
+        self.refresher.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step of the refresh under way, if any."""
+        return {"pending_step": self.refresher.pending_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers the refresh that was under way, to be gone on with."""
+        self._restored_pending = state_dict.get("pending_step")
+
+    # ------------------------------------------------------------------ one refresh
+
+    def _ensure(self, trainer: L.Trainer, pl_module: L.LightningModule, *, fresh: bool = False) -> None:
+        _, data = _parts(trainer, pl_module)
+        live = data.dense.snapshot_id if data.dense is not None else None
+        data.ensure_index(step=trainer.global_step, fresh=fresh)
+        if data.dense is not None and data.dense.snapshot_id != live:
+            _log(trainer, _recall_of(data), trainer.global_step)
+
+    def _take_folder(self, data: RagDataModule) -> None:
+        assert data.index is not None
+        error = None
+        if distributed.rank() == 0 and self._lock is None:
+            store = data.index.store()
+            try:
+                self._lock = store.lock()
+                store.sweep()
+            except ConfigError as caught:
+                error = str(caught)
+        error = distributed.broadcast_object(error)
+        if error is not None:
+            raise ConfigError(error)
+
+    def _wanted(self, trainer: L.Trainer, step: int) -> bool:
+        if self.trigger == "schedule":
+            return True
         module, data = _parts(trainer, trainer.lightning_module)
-        if data.retriever is None:
-            return
-        age = step - data.snapshot_step
-        before_BK = self._probe(module, data)
         start = time.perf_counter()
-        data.swap(data.build_snapshot(step))
-        values = {"reindex/seconds": time.perf_counter() - start, "reindex/replaced_age_steps": float(age)}
-        after_BK = self._probe(module, data)
-        if before_BK is not None and after_BK is not None:
-            values[f"reindex/overlap@{before_BK.shape[1]}"] = float(overlap_at_k(before_BK, after_BK).mean())
-        for tracker in trainer.loggers:  # each refresh, whatever log_every_n_steps is; steps count from 0 there
-            tracker.log_metrics(values, step - 1)
-        logger.info("index refreshed at step %d: %s", step, values)
+        probe = take_probe(module.model, data, self.probe_size)
+        overlap = freshness(module.model, data, probe, num_candidates=self.num_candidates)
+        overlap = distributed.broadcast_object(overlap)  # a rounding apart, and processes would part
+        values = {"reindex/freshness": overlap, "reindex/measure_seconds": time.perf_counter() - start}
+        _log(trainer, values, step)
+        logger.info("index freshness at step %d: overlap %.3f (refresh below %.3f)", step, overlap, self.min_overlap)
+        return overlap < self.min_overlap
 
-    @torch.no_grad()
-    def _probe(self, module: RagLightningModule, data: RagDataModule) -> Int[Tensor, "B K"] | None:
-        questions = (data.questions.get("validation") or data.questions.get("train") or [])[: self.probe_size]
-        encoder = module.model.encoder
-        if not questions or data.retriever is None or encoder is None:
-            return None
-        texts = [question.question for question in questions]
-        was_training = module.training
-        module.eval()
-        queries_BD = encoder.query(module.model.query_tokens(texts).to(module.device))
-        hits = data.retriever.retrieve(texts, queries_BD, module.model.settings.num_passages)
-        module.train(was_training)
-        return hits.ids_BK
+    def _begin(self, trainer: L.Trainer, step: int) -> None:
+        module, data = _parts(trainer, trainer.lightning_module)
+        if data.index is None or data.dense is None:
+            return
+        self._began = time.perf_counter()
+        probe = take_probe(module.model, data, self.probe_size)
+        self.refresher.begin(data.index, step, probe.queries_PD if probe is not None else None)
+        self._stalls = [time.perf_counter() - self._began]
+
+    def _finish(self, trainer: L.Trainer, step: int) -> None:
+        module, data = _parts(trainer, trainer.lightning_module)
+        if data.index is None or data.dense is None:
+            return
+        start = time.perf_counter()
+        snapshot = self.refresher.finish(data.index, step)
+        if snapshot is None:
+            self._stalls.append(time.perf_counter() - start)
+            return
+        probe = take_probe(module.model, data, self.probe_size)
+        replaced = data.dense.snapshot.manifest.step
+        before_PK = probe.search(data) if probe is not None else None
+        data.index.go_live(snapshot)
+        values = {
+            "reindex/seconds": time.perf_counter() - self._began,
+            "reindex/replaced_age_steps": float(step - replaced),
+            "reindex/lag_steps": float(step - snapshot.manifest.step),
+            **_recall_of(data),
+        }
+        if probe is not None and before_PK is not None:
+            after_PK = probe.search(data)
+            values[f"reindex/overlap@{before_PK.shape[1]}"] = float(overlap_at_k(before_PK, after_PK).mean())
+        if distributed.rank() == 0:
+            data.index.collect(self.keep_last)
+        self._stalls.append(time.perf_counter() - start)
+        stall = values["reindex/stall_seconds"] = max(self._stalls)
+        if self._step_seconds:
+            values["reindex/stall_steps"] = stall / statistics.median(self._step_seconds)
+        _log(trainer, values, step)
+        logger.info("index refreshed at step %d: %s", step, values)
 
 
 def _parts(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[RagLightningModule, RagDataModule]:
     assert isinstance(pl_module, RagLightningModule)
     return pl_module, pl_module.data
+
+
+def _log(trainer: L.Trainer, values: dict[str, float], step: int) -> None:
+    """Logs outside the rhythm of ``log_every_n_steps``: each refresh counts; steps count from 0 there."""
+    for tracker in trainer.loggers if values else []:
+        tracker.log_metrics(values, max(step - 1, 0))
+
+
+def _recall_of(data: RagDataModule) -> dict[str, float]:
+    assert data.dense is not None
+    return {f"index/{name}": value for name, value in data.dense.snapshot.manifest.recall.items()}
+
+
+def _check_strategy(trainer: L.Trainer) -> None:
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ConfigError(
+            f"reindex.mode=async: expected a strategy that keeps the passage tower whole in each process (one device, "
+            f"ddp), came {type(trainer.strategy).__name__}, which may divide it. Use reindex.mode=sync."
+        )
+
+
+def _check_settings(
+    mode: str,
+    trigger: str,
+    min_overlap: float,
+    num_candidates: int,
+    probe_size: int,
+    keep_last: int,
+    lag_steps: int | None,
+    max_attempts: int,
+) -> None:
+    if mode not in ("sync", "async"):
+        raise ConfigError(f"reindex.mode: expected sync or async, got {mode!r}")
+    if trigger not in ("schedule", "staleness"):
+        raise ConfigError(f"reindex.trigger: expected schedule or staleness, got {trigger!r}")
+    if not 0 < min_overlap <= 1:
+        raise ConfigError(f"reindex.min_overlap: expected a share above 0 and at most 1, got {min_overlap}")
+    for name, value, least in (
+        ("num_candidates", num_candidates, 1),
+        ("probe_size", probe_size, 0),
+        ("keep_last", keep_last, 1),
+        ("lag_steps", 0 if lag_steps is None else lag_steps, 0),
+        ("max_attempts", max_attempts, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"reindex.{name}: expected {least} or more, got {value}")
+    if trigger == "staleness" and probe_size == 0:
+        raise ConfigError("reindex.trigger=staleness measures with probe questions: set reindex.probe_size above 0")
+    if mode == "sync" and lag_steps is not None:
+        raise ConfigError("reindex.lag_steps: a synchronous refresh has no lag; leave it unset, or set mode=async")

@@ -71,9 +71,9 @@ class TrackingCallback(L.Callback):
     def _log_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loggers = _wandb_loggers(trainer)
         assert isinstance(pl_module, RagLightningModule)
-        if not loggers or pl_module.data.retriever is None or trainer.global_rank != 0:
+        if not loggers or pl_module.data.dense is None or trainer.global_rank != 0:
             return
-        snapshot = pl_module.data.retriever.snapshot
+        snapshot = pl_module.data.dense.snapshot
         if snapshot.id == self._told_snapshot:
             return
         self._told_snapshot = snapshot.id

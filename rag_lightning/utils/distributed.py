@@ -1,9 +1,14 @@
 """The few facts about processes that the stages need; everything works with one process and no launcher."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from rag_lightning.errors import DataError
 
 T = TypeVar("T")
 
@@ -40,6 +45,89 @@ def gather_objects(value: T) -> list[T]:
     box: list[T | None] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box  # type: ignore[return-value]
+
+
+def all_gather_rows(rows: Shaped[Tensor, "n D"]) -> Shaped[Tensor, "N D"]:
+    """Returns the rows of every process, in rank order, on every process, without gradient.
+
+    Processes may have different numbers of rows, also none, but the same D and dtype. Every process must call it.
+
+    Args:
+        rows: This process's part, on the device of the process group (the GPU with NCCL, the CPU with Gloo).
+
+    Raises:
+        DataError: The processes' rows differ in width.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows
+    return _gathered(rows, _row_counts(rows))
+
+
+def all_gather_rows_with_grad(rows: Float[Tensor, "n D"]) -> Float[Tensor, "N D"]:
+    """Returns the rows of every process as :func:`all_gather_rows`, with gradient to this process's own part.
+
+    What this process's loss says of another's rows is sent to that process: the gradient of ``rows`` is the sum, over
+    all processes, of the gradients of their losses. So the processes' losses together are differentiated as one
+    process would differentiate their sum; with constants in place of others' rows, a passage would never hear of the
+    questions that other processes contrast it with. ``backward`` is a collective: every process must call it too, also
+    where its own loss is worth nothing.
+
+    Args:
+        rows: This process's part, on the device of the process group.
+
+    Raises:
+        DataError: The processes' rows differ in width.
+    """
+    if world_size() == 1:
+        return rows
+    counts = _row_counts(rows)
+    gathered: Tensor = _GatherRows.apply(rows, counts)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """A gather whose backward sums; torch's own (``torch.distributed.nn``) wants even parts and is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        start = sum(counts[: rank()])
+        ctx.mine = slice(start, start + len(rows))
+        return _gathered(rows, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()  # autograd's own tensor may serve elsewhere
+        dist.all_reduce(total)
+        return total[ctx.mine], None
+
+
+def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
+    padded = rows.new_zeros(max(counts), rows.shape[1])  # a collective wants one shape from all
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _row_counts(rows: Shaped[Tensor, "n D"]) -> list[int]:
+    """Returns how many rows each process has, in rank order; every process must call it.
+
+    Raises:
+        DataError: The processes' rows differ in width; raised on all of them, so that none waits for another.
+    """
+    if world_size() == 1:
+        return [len(rows)]
+    mine = torch.tensor(rows.shape, dtype=torch.long, device=rows.device)
+    shapes = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(shapes, mine)
+    counts, widths = zip(*(shape.tolist() for shape in shapes), strict=True)
+    if len(set(widths)) > 1:
+        raise DataError(
+            f"expected rows of one width from every process, came widths {list(widths)} in rank order: give all "
+            "processes the same encoder"
+        )
+    return list(counts)
 
 
 def shard(length: int, rank: int, world_size: int) -> range:

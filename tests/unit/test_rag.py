@@ -19,6 +19,7 @@ from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.decoding.options import Decoded, DecodingOptions
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
+from rag_lightning.index.bm25 import Bm25Index
 from rag_lightning.index.snapshot import SnapshotStore
 from rag_lightning.losses.marginal import (
     doc_log_prior,
@@ -27,9 +28,12 @@ from rag_lightning.losses.marginal import (
 )
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import RagSettings
+from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.retrieval.encode import PassageTokens, encode_passages
+from rag_lightning.retrieval.hybrid import HybridRetriever
+from rag_lightning.retrieval.sparse import SparseRetriever
 from rag_lightning.types import Hits, Question, RagBatch
 
 QUESTIONS = ["who made Amber", "who made Quartz", "who made Winter"]
@@ -223,6 +227,134 @@ def test_a_passage_that_was_not_found_weighs_nothing_and_spoils_no_gradient(mode
     fewer = model.marginal(batch_of(model, retriever, fewer_hits, fewer_BK), objective="rag_token")
     full = model.marginal(batch_of(model, retriever, hits, scores_BK), objective="rag_token")
     torch.testing.assert_close(full.nll_B, fewer.nll_B)
+
+
+# ---------------------------------------------------------------------- other retrievers
+
+
+@pytest.fixture(scope="module")
+def sparse(corpus):
+    pytest.importorskip("bm25s")
+    return SparseRetriever(Bm25Index.build(corpus), corpus)
+
+
+def refuse(*_):
+    raise AssertionError("no question need be encoded")
+
+
+def test_a_sparse_retriever_runs_no_query_encoder_and_needs_none(model, sparse):
+    model.encoder.query.register_forward_pre_hook(refuse)
+    hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, sparse)
+    expected_scores, expected_ids = sparse.index.search(QUESTIONS, 3)
+    assert torch.equal(hits.ids_BK, expected_ids)
+    assert torch.equal(scores_BK, expected_scores)
+    assert not scores_BK.requires_grad
+    model.settings = replace(model.settings, temperature=1.0)
+    marginal = model.marginal(batch_of(model, sparse, hits, scores_BK))
+    marginal.nll_B.sum().backward()
+    assert moved_by_no_loss(without_gradient(model.generator))
+    assert all(weight.grad is None for weight in model.encoder.parameters())
+    bare = RagModel.from_parts(replace(model.parts(), encoder=None)).eval()
+    answers = bare.generate(QUESTIONS, retriever=sparse)
+    assert answers == model.generate(QUESTIONS, retriever=sparse)
+    assert [passage.score for passage in answers[0].passages] == pytest.approx(expected_scores[0].tolist())
+    assert answers[0].passages[0].id == "film-0"
+
+
+def test_a_question_without_a_known_word_is_read_alone(model, sparse):
+    """The scores of such a question were -inf throughout, and its marginal undefined."""
+    model.settings = replace(model.settings, temperature=1.0)
+    questions = ["zzz yyy", *QUESTIONS[1:]]
+    hits, scores_BK = model.retrieve(None, questions, sparse)
+    assert hits.ids_BK[0].tolist() == [-1, -1, -1]
+    assembler = ContextAssembler(corpus=sparse.corpus, tokenizer=model.generator.tokenizer, prompt=model.prompt)
+    prompt = model.prompt_tokens(questions)
+    contexts = assembler.contexts(hits.ids_BK, prompt)
+    marginal = model.marginal(RagBatch(contexts, scores_BK, model.target_tokens(ANSWERS)))
+    alone = model.marginal(RagBatch(assembler.without_passage(prompt), torch.zeros(3, 1), model.target_tokens(ANSWERS)))
+    torch.testing.assert_close(marginal.nll_B[0], alone.nll_B[0])
+    assert (marginal.nll_B[1:] - alone.nll_B[1:]).abs().min() > 1e-3
+    (prediction, *_) = model.generate(questions, retriever=sparse)
+    assert [passage.id for passage in prediction.passages] == ["", "", ""]
+
+
+def hybrid_for(model, retriever, sparse, **settings):
+    model.fusion = build_fusion(
+        RetrieverSettings(kind="hybrid", num_candidates=6, **settings), dimension=model.encoder.dimension
+    )
+    return HybridRetriever(dense=retriever, sparse=sparse, fusion=model.fusion, num_candidates=6)
+
+
+@pytest.mark.parametrize("objective", ["rag_token", "rag_sequence"])
+@pytest.mark.parametrize("reencoded", [False, True])
+@pytest.mark.parametrize("hidden", [None, 4])
+def test_the_marginal_likelihood_reaches_gate_encoders_and_generator(
+    model, corpus, retriever, sparse, objective, reencoded, hidden
+):
+    hybrid = hybrid_for(model, retriever, sparse, fusion="gate", gate_hidden=hidden)
+    with torch.no_grad():  # a zero last layer passes nothing to the one before it
+        for parameter in model.fusion.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    tokens = PassageTokens(encoder=model.encoder, corpus=corpus)
+    reencode = (lambda ids_BK: tokens.batch(ids_BK.reshape(-1).numpy())) if reencoded else None
+    hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, hybrid, reencode=reencode)
+    torch.testing.assert_close(scores_BK.detach(), hits.scores_BK, atol=1e-4, rtol=1e-4)
+    model.marginal(batch_of(model, hybrid, hits, scores_BK), objective=objective).nll_B.sum().backward()
+    assert not without_gradient(model.fusion)
+    assert moved_by_no_loss(without_gradient(model.generator))
+    assert moved_by_no_loss(without_gradient(model.encoder.query))
+    reached = [weight.grad is not None for weight in model.encoder.passage.parameters()]
+    assert all(reached) if reencoded else not any(reached)
+
+
+def test_the_gradient_of_the_gate_is_posterior_minus_prior_of_what_it_weighs(model, retriever, sparse):
+    """∂ log p(y|x) / ∂ w = Σ_k (p(z_k|x,y) − p(z_k|x)) (φ_dense − φ_sparse) / τ; and ∂w/∂bias = w (1 − w) = 1/4."""
+    hybrid = hybrid_for(model, retriever, sparse, fusion="gate")
+    query = model.query_tokens(QUESTIONS)
+    hits, scores_BK = model.retrieve(query, QUESTIONS, hybrid)
+    marginal = model.marginal(batch_of(model, hybrid, hits, scores_BK), objective="rag_sequence")
+    marginal.log_likelihood_B.sum().backward()
+    gain_BK = (marginal.log_posterior_BK.exp() - marginal.log_prior_BK.exp()).detach()
+    queries_BD = model.encoder.query(query).detach()
+    similarities_BK = (queries_BD[:, None] * retriever.vectors(hits.ids_BK)).sum(dim=2)
+    dense_BK = (similarities_BK - hits.fusion.dense_shift_B1) / hits.fusion.dense_scale_B1
+    expected = (gain_BK * (dense_BK - hits.fusion.sparse_BK)).sum() / model.settings.temperature / 4
+    assert expected.abs() > 1e-4
+    torch.testing.assert_close(model.fusion.gate.bias.grad[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_on_the_marginal_likelihood_move_the_gate_and_lower_the_loss(model, retriever, sparse):
+    hybrid = hybrid_for(model, retriever, sparse, fusion="gate")
+    model.requires_grad_(False)
+    model.fusion.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.fusion.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, hybrid)
+        loss = model.marginal(batch_of(model, hybrid, hits, scores_BK)).nll_B.sum()
+        losses.append((hits.ids_BK.tolist(), loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    same_hits = [loss for ids, loss in losses if ids == losses[0][0]]
+    assert len(same_hits) >= 2
+    assert same_hits[-1] < same_hits[0]
+
+
+@pytest.mark.parametrize("settings", [{"fusion": "rrf"}, {"fusion": "convex", "fusion_weight": 0.0}])
+def test_constant_document_scores_cost_no_similarities(model, retriever, sparse, settings):
+    hybrid = hybrid_for(model, retriever, sparse, **settings)
+    hits, scores_BK = model.retrieve(
+        model.query_tokens(QUESTIONS), QUESTIONS, hybrid, reencode=lambda ids_BK: pytest.fail("encoded for nothing")
+    )
+    assert torch.equal(scores_BK, hits.scores_BK)
+    assert not scores_BK.requires_grad
+    predictions = model.generate(QUESTIONS, retriever=hybrid)
+    assert [passage.id for passage in predictions[0].passages] == [corpus_id(hybrid, i) for i in hits.ids_BK[0]]
+
+
+def corpus_id(retriever, row):
+    return retriever.corpus[int(row)].id
 
 
 # ---------------------------------------------------------------------- the marginal
@@ -470,13 +602,24 @@ def test_a_closed_book_model_answers_without_passages_and_cannot_retrieve(tiny_m
     labels = model.decode(model.generator.encode(context), torch.zeros(1, 1)).sequences_BT
     scored = model.generator.score(model.generator.encode(context), labels, 1)
     assert prediction.log_likelihood == pytest.approx(scored.token_log_probs_BKT.sum().item(), abs=1e-5)
-    with pytest.raises(ConfigError, match="this is a closed-book model: it has no encoder to retrieve with"):
+    with pytest.raises(ConfigError, match="this model has no encoder, and the retriever searches by query vectors"):
         model.retrieve(context, ["who made Amber"], retriever)
 
 
-def test_a_model_that_cannot_retrieve_must_not_want_to(tiny_generator):
-    with pytest.raises(ConfigError, match="a model without an encoder cannot retrieve: set num_passages=0"):
-        RagModel(encoder=None, generator=tiny_generator())
+def test_a_model_without_an_encoder_is_refused_where_it_would_search_by_vectors(tiny_generator, retriever):
+    model = RagModel(encoder=None, generator=tiny_generator(), settings=RagSettings(num_passages=2))
+    for call in (
+        lambda: model.retrieve(None, QUESTIONS, retriever),
+        lambda: model.query_tokens(QUESTIONS),
+        lambda: model.generate(QUESTIONS, retriever=retriever),
+    ):
+        with pytest.raises(ConfigError, match=r"this model has no encoder( tokenizer|, and the retriever searches)"):
+            call()
+
+
+def test_a_model_with_an_encoder_still_needs_the_questions_tokens(model, retriever):
+    with pytest.raises(ConfigError, match="the questions came without encoder tokens, and the retriever searches by"):
+        model.retrieve(None, QUESTIONS, retriever)
 
 
 def test_without_a_saved_index_a_retriever_is_asked_for(model):

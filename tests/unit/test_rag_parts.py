@@ -11,13 +11,17 @@ from transformers import BertConfig, BertModel, EncoderDecoderModel
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder
+from rag_lightning.encoders.cross_encoder import CrossEncoder
 from rag_lightning.errors import CheckpointError, ConfigError, DataError, MissingFileError, StaleIndexError
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
+from rag_lightning.index.bm25 import index_folder, open_or_build
 from rag_lightning.index.snapshot import SnapshotStore
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import RagSettings, RetrieverSource
+from rag_lightning.retrieval.build import RetrieverSettings, build_fusion, build_retriever, open_cross_encoder
 from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.retrieval.encode import PassageTokens, encode_passages
+from rag_lightning.retrieval.rerank import live_vectors
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer, train_word_tokenizer
 
@@ -115,7 +119,7 @@ def test_a_saved_model_holds_no_pickle_and_no_second_copy_of_a_shared_tower(mode
     assert ("encoder/query/model.safetensors" in places) == has_encoder
     separate = has_encoder and not model.encoder.shared
     assert ("encoder/passage/model.safetensors" in places) == separate
-    assert json.loads((tmp_path / "model" / "rag_config.json").read_text())["format_version"] == 1
+    assert json.loads((tmp_path / "model" / "rag_config.json").read_text())["format_version"] == 2
 
 
 def test_saving_again_replaces_the_folder_whole(tiny_model, tmp_path):
@@ -204,6 +208,144 @@ def test_an_index_of_another_passage_encoder_is_refused(run):
         again.generate(QUESTIONS)
 
 
+def test_a_model_saved_before_there_were_other_retrievers_still_answers(run):
+    folder, _, answers = run
+    file = folder / "model" / "rag_config.json"
+    config = json.loads(file.read_text())
+    config["format_version"] = 1
+    del config["fusion"], config["retriever"]["settings"], config["retriever"]["bm25"]
+    file.write_text(json.dumps(config))
+    assert RagModel.from_pretrained(folder / "model").generate(QUESTIONS) == answers
+
+
+# ---------------------------------------------------------------------- other retrievers
+
+
+@pytest.fixture
+def saved_hybrid(tiny_model, tiny_world, corpus, tmp_path):
+    """A function that saves a model with a retriever of some settings, and returns its folder and its answers."""
+    pytest.importorskip("bm25s")
+
+    def build(*, keep_bm25=True, bare=False, **settings):
+        chosen = RetrieverSettings(**settings)
+        model = tiny_model().eval()
+        model.fusion = build_fusion(chosen, dimension=16)
+        if model.fusion is not None:
+            with torch.no_grad():
+                for weight in model.fusion.parameters():
+                    weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        (tmp_path / "run").mkdir()
+        passages = shutil.copy(tiny_world.passages, tmp_path / "run" / "passages.jsonl")
+        snapshot = index_of(model, corpus, tmp_path / "run" / "index")
+        bm25 = open_or_build(corpus, cache_dir=tmp_path / "run", settings=chosen.bm25)
+        folder = index_folder(corpus, tmp_path / "run", chosen.bm25)
+        reencode = live_vectors(model.encoder, PassageTokens(encoder=model.encoder, corpus=corpus))
+        retriever = build_retriever(
+            chosen,
+            corpus=corpus,
+            dense=DenseRetriever(snapshot, corpus),
+            bm25=bm25,
+            fusion=model.fusion,
+            reencode=reencode,
+            cross_encoder=open_cross_encoder(chosen),
+        )
+        if bare:
+            model = RagModel.from_parts(replace(model.parts(), encoder=None)).eval()
+        model.retriever_source = RetrieverSource(
+            str(passages),
+            str(snapshot.path) if chosen.needs_vectors else None,
+            str(folder) if keep_bm25 and chosen.needs_words else None,
+            chosen,
+        )
+        model.settings = replace(model.settings, temperature=1.0)
+        model.save_pretrained(tmp_path / "run" / "model")
+        return tmp_path / "run", model, model.generate(QUESTIONS, retriever=retriever)
+
+    return build
+
+
+@pytest.mark.parametrize("keep_bm25", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "sparse", "bm25_k1": 1.2, "bm25_stop_words": "none"},
+        {"kind": "hybrid", "fusion": "rrf", "rrf_k": 7, "num_candidates": 9},
+        {"kind": "hybrid", "fusion": "convex", "fusion_weight": 0.3, "normalisation": "min_max"},
+        {"kind": "hybrid", "fusion": "gate", "gate_hidden": 3, "num_candidates": 9},
+        {"kind": "hybrid", "fusion": "gate", "dense_floor": -1.0},
+        {"rerank": "live", "rerank_candidates": 12},
+    ],
+)
+def test_a_model_finds_its_retriever_again_wherever_the_run_lies(saved_hybrid, tmp_path, settings, keep_bm25):
+    folder, model, answers = saved_hybrid(keep_bm25=keep_bm25, **settings)
+    folder.rename(tmp_path / "moved")
+    again = RagModel.from_pretrained(tmp_path / "moved" / "model")
+    assert again.retriever_source.settings == RetrieverSettings(**settings)
+    assert again.generate(QUESTIONS) == answers
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.state_dict().items())
+    has_gate = settings.get("fusion") == "gate"
+    assert (tmp_path / "moved" / "model" / "fusion.safetensors").is_file() == has_gate
+    assert any(name.startswith("fusion.gate") for name in expected) == has_gate
+    again.save_pretrained(tmp_path / "elsewhere")
+    assert RagModel.from_pretrained(tmp_path / "elsewhere").generate(QUESTIONS) == answers
+
+
+def test_a_model_without_encoder_answers_by_words(saved_hybrid):
+    folder, _, answers = saved_hybrid(kind="sparse", bare=True)
+    again = RagModel.from_pretrained(folder / "model")
+    assert again.encoder is None
+    assert not (folder / "model" / "encoder").exists()
+    assert again.generate(QUESTIONS) == answers
+    assert answers[0].passages[0].title == "Amber"
+
+
+def test_a_model_that_lost_a_part_of_its_retriever_is_refused(saved_hybrid):
+    folder, _, _ = saved_hybrid(kind="hybrid", fusion="gate")
+    config_file = folder / "model" / "rag_config.json"
+    config = json.loads(config_file.read_text())
+
+    def refused(error, message, **changes):
+        config_file.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(error, match=message):
+            RagModel.from_pretrained(folder / "model").generate(QUESTIONS)
+
+    refused(ConfigError, "expected the model's fusion for kind=hybrid", fusion=None)
+    refused(ConfigError, r"this model retrieves by vectors \(kind=hybrid\): expected an encoder", encoder=None)
+    refused(CheckpointError, "fusion: expected one of rrf, convex, gate", fusion={"kind": "mean"})
+    refused(CheckpointError, "expected the weights of", fusion={**config["fusion"], "dimension": 5})
+    refused(ConfigError, "expected the fusion .*came the model's", fusion={"kind": "rrf", "k": 60})
+    refused(MissingFileError, "no file bm25.json", retriever={**config["retriever"], "bm25": "../nowhere"})
+    config_file.write_text(json.dumps(config))
+    (folder / "model" / "fusion.safetensors").unlink()
+    with pytest.raises(MissingFileError, match="the model's fusion: no such file: .*fusion.safetensors"):
+        RagModel.from_pretrained(folder / "model")
+
+
+def test_a_cross_encoder_is_loaded_from_where_the_settings_say(saved_hybrid, tiny_world, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    built = CrossEncoder.from_config(
+        model_type="bert",
+        settings={**sizes, "max_position_embeddings": 64, "initializer_range": 0.5},
+        tokenizer=str(tiny_world.tokenizer),
+        max_tokens=64,
+    )
+    place = tmp_path / "cross_encoder"
+    built.model.save_pretrained(place)
+    built.tokenizer.save_pretrained(place)
+    folder, _, answers = saved_hybrid(
+        kind="sparse", rerank="cross_encoder", cross_encoder=str(place), cross_encoder_max_tokens=64
+    )
+    assert len(answers[0].passages) == 3
+    assert RagModel.from_pretrained(folder / "model").generate(QUESTIONS) == answers
+    (folder / "other").mkdir()
+    place.rename(folder / "other" / "gone")
+    with pytest.raises(MissingFileError, match="no such folder: .*cross_encoder"):
+        RagModel.from_pretrained(folder / "model").generate(QUESTIONS)
+
+
 # ---------------------------------------------------------------------- what cannot be loaded
 
 
@@ -213,12 +355,12 @@ def saved(tiny_model, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("version", [None, 2, "1"])
+@pytest.mark.parametrize("version", [None, 3, "1"])
 def test_another_format_is_refused(saved, version):
     config = json.loads((saved / "rag_config.json").read_text())
     config["format_version"] = version
     (saved / "rag_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"expected model format 1, came {version!r}: load it with the version"):
+    with pytest.raises(CheckpointError, match=f"expected model format 2 or older, came {version!r}: load it with"):
         RagModel.from_pretrained(saved)
 
 

@@ -35,12 +35,18 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
         {"id": "q2", "question": "when?", "answer_regex": r"19\d\d"},
         {"id": "q3", "question": "both", "answers": ["1955"], "answer_regex": "1955", "positive_passage_ids": []},
         {"id": "q4", "question": "nulls", "answers": ["x"], "answer_regex": None, "positive_passage_ids": None},
+        GOOD | {"id": "q5", "positive_passage_ids": ["7"], "negative_passage_ids": ["8"], "negative_scores": [2]},
+        GOOD | {"id": "q6", "negative_passage_ids": ["8", "7"]},
+        GOOD | {"id": "q7", "negative_passage_ids": None, "negative_scores": None},
     ]
     assert read_questions(write(tmp_path / name, rows), corpus=corpus) == [
         Question("q1", "who made Kismet?", ("V. Minnelli", "Minnelli"), ("7", "8")),
         Question("q2", "when?", (), (), r"19\d\d"),
         Question("q3", "both", ("1955",), (), "1955"),
         Question("q4", "nulls", ("x",)),
+        Question("q5", "who made Kismet?", ("V. Minnelli", "Minnelli"), ("7",), None, ("8",)),
+        Question("q6", "who made Kismet?", ("V. Minnelli", "Minnelli"), (), None, ("8", "7")),
+        Question("q7", "who made Kismet?", ("V. Minnelli", "Minnelli")),
     ]
 
 
@@ -65,6 +71,34 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
             [GOOD, GOOD | {"id": "q2", "positive_passage_ids": ["7", "9"]}],
             r"line 2: field 'positive_passage_ids': expected ids of passages in films\.jsonl, came '9', which is not",
         ),
+        (
+            [GOOD | {"negative_passage_ids": ["7", "9"]}],
+            r"line 1: field 'negative_passage_ids': expected ids of passages in films\.jsonl, came '9', which is not",
+        ),
+        (
+            [GOOD | {"negative_passage_ids": [7]}],
+            r"field 'negative_passage_ids': .*non-empty strings, came 7 at position",
+        ),
+        (
+            [GOOD | {"positive_passage_ids": ["7"], "negative_passage_ids": ["8", "7"]}],
+            r"line 1: field 'negative_passage_ids': expected passages that are not among the .*, came '7'\. Remove it",
+        ),
+        (
+            [GOOD | {"negative_passage_ids": ["8", "7", "8"]}],
+            r"line 1: field 'negative_passage_ids': expected each passage once, came '8'\. Remove it, or mine again",
+        ),
+        (
+            [GOOD | {"negative_passage_ids": ["8", "7"], "negative_scores": [1.0]}],
+            r"line 1: field 'negative_scores': expected one finite number for each of the 2 .*, came \[1\.0\]",
+        ),
+        ([GOOD | {"negative_passage_ids": ["8"], "negative_scores": ["1"]}], r"one finite number .*, came \['1'\]"),
+        (
+            [GOOD | {"negative_passage_ids": ["8"], "negative_scores": [float("nan")]}],
+            r"finite number .*, came \[nan\]",
+        ),
+        ([GOOD | {"negative_passage_ids": ["8"], "negative_scores": [True]}], r"finite number .*, came \[True\]"),
+        ([GOOD | {"negative_passage_ids": ["8"], "negative_scores": 3}], r"finite number .*, came 3\."),
+        ([GOOD | {"negative_scores": [3.0]}], r"one finite number for each of the 0 negative_passage_ids"),
     ],
 )
 def test_bad_questions_name_file_line_and_field(tmp_path, corpus, rows, message):

@@ -1,11 +1,10 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from rag_lightning.errors import ConfigError, DataError
-from rag_lightning.index.base import Index, as_metric, as_tensor, best_first, check_vectors, similarity
+from rag_lightning.index.base import Index, as_metric, best_first, similarity
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import FaissIndex
 
@@ -74,26 +73,6 @@ def test_best_first_orders_by_score_then_id_and_puts_missing_last():
     scores_BK, ids_BK = best_first(scores_BM, ids_BM, 4)
     assert ids_BK.tolist() == [[5, 2, 7, -1], [0, 1, 2, 3]]
     assert scores_BK[0].tolist() == [3.0, 1.0, 1.0, -math.inf]
-
-
-@pytest.mark.parametrize(
-    ("vectors", "dimension", "message"),
-    [
-        (torch.zeros(0, 3), None, "at least one row and one column, came 0 x 3"),
-        (torch.tensor([[0.0], [torch.nan]]), None, "NaN or infinity in row 1"),
-        (np.array([[np.inf]], dtype=np.float32), None, "NaN or infinity in row 0"),
-        (torch.zeros(1, 3), 4, "expected dimension 4, came 3"),
-    ],
-)
-def test_vectors_that_would_train_wrong_are_refused(vectors, dimension, message):
-    with pytest.raises(DataError, match=message):
-        check_vectors(vectors, dimension)
-
-
-def test_a_read_only_array_is_viewed_without_copy_or_warning():
-    array = np.ones((2, 2), dtype=np.float32)
-    array.flags.writeable = False
-    assert as_tensor(array).data_ptr() == array.ctypes.data
 
 
 def test_both_indexes_keep_the_protocol():

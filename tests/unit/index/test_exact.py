@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingFileError
 from rag_lightning.index.base import similarity
 from rag_lightning.index.exact import ExactIndex, _top
+from rag_lightning.index.vector_files import in_storage, write_vectors
+from rag_lightning.index.vectors import StoredVectors, open_vectors
 
 METRICS = ["inner_product", "l2", "cosine"]
 
@@ -149,6 +151,91 @@ def test_loading_nothing_or_torn_files_says_so(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CorruptSnapshotError, match=r"vectors.npy: expected a whole .npy file"):
         ExactIndex.load(tmp_path)
+
+
+@pytest.fixture(params=["float32", "float16", "int8"])
+def stored(request, tmp_path):
+    """200 rows on disk in a storage, and what NumPy reads there."""
+    write_vectors(tmp_path / "vectors.npy", in_storage(random_vectors(200), request.param))
+    rows_ND = np.load(tmp_path / "vectors.npy").astype(np.float32)
+    if request.param == "int8":
+        rows_ND *= np.load(tmp_path / "scales.npy")[:, None]
+    return open_vectors(tmp_path / "vectors.npy"), torch.from_numpy(rows_ND)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_stored_rows_are_searched_by_the_similarity_of_what_is_stored(stored, metric, block_size):
+    vectors, rows_ND = stored
+    queries_BD = random_vectors(6, seed=1)
+    scores_BK, ids_BK = ExactIndex(vectors, metric=metric, block_size=block_size).search(queries_BD, 10)
+    expected_scores, expected_ids = numpy_search(queries_BD, rows_ND, 10, metric)
+    np.testing.assert_array_equal(ids_BK.numpy(), expected_ids)
+    np.testing.assert_allclose(scores_BK.numpy(), expected_scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores_BK, similarity(queries_BD, rows_ND[ids_BK], metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_added_to_stored_ones_take_their_storage_and_save_and_load_keep_it(stored, metric, tmp_path):
+    vectors, rows_ND = stored
+    index = ExactIndex(vectors, metric=metric)
+    index.search(random_vectors(1), 1)  # what it remembers of its rows must grow with them
+    index.add(random_vectors(20, seed=2))
+    (added,) = in_storage(random_vectors(20, seed=2), vectors.storage)
+    expected_ND = torch.cat([rows_ND, added.rows(torch.arange(20))])
+    queries_BD = random_vectors(3, seed=1)
+    answer = index.search(queries_BD, 30)
+    assert all(map(torch.equal, answer, ExactIndex(expected_ND, metric=metric).search(queries_BD, 30)))
+    (tmp_path / "saved").mkdir()
+    index.save(tmp_path / "saved")
+    loaded = ExactIndex.load(tmp_path / "saved")
+    assert np.load(tmp_path / "saved" / "vectors.npy").dtype == vectors.stored_ND.numpy().dtype
+    assert all(map(torch.equal, answer, loaded.search(queries_BD, 30)))
+
+
+def test_stored_rows_are_not_read_until_they_are_searched(stored, monkeypatch):
+    vectors, _ = stored
+
+    def read(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(StoredVectors, "blocks", read)
+    index = ExactIndex(vectors, metric="cosine")
+    with pytest.raises(AssertionError, match="read"):
+        index.search(random_vectors(1), 1)
+
+
+def test_a_row_that_float16_rounds_to_zero_has_no_cosine():
+    (vectors,) = in_storage(torch.tensor([[1.0, 0.0], [1e-9, 0.0]]), "float16")
+    with pytest.raises(DataError, match="passage vectors of non-zero length, came 1 zero vector"):
+        ExactIndex(vectors, metric="cosine").check_rows()
+    ExactIndex(vectors, metric="l2").check_rows()
+    index = ExactIndex(torch.ones(2, 2), metric="cosine")
+    with pytest.raises(DataError, match="passage vectors of non-zero length"):
+        index.add(torch.zeros(1, 2))
+    assert index.num_vectors == 2
+
+
+def test_settings_of_another_format_are_refused(tmp_path):
+    ExactIndex(random_vectors(10)).save(tmp_path)
+    for text, message in (('{"factory": "exact"}', "expected a factory and a metric"), ("{", "not valid JSON")):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(CorruptSnapshotError, match=message):
+            ExactIndex.load(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_stored_rows_stay_in_their_storage_on_a_gpu(stored, metric):
+    vectors, rows_ND = stored
+    index = ExactIndex(vectors, metric=metric, device="cuda", block_size=33)
+    assert index._vectors.stored_ND.dtype == vectors.stored_ND.dtype
+    assert index._vectors.device.type == "cuda"
+    queries_BD = random_vectors(6, seed=1)
+    scores_BK, ids_BK = index.search(queries_BD, 10)
+    expected_scores, expected_ids = numpy_search(queries_BD, rows_ND, 10, metric)
+    np.testing.assert_array_equal(ids_BK.numpy(), expected_ids)
+    np.testing.assert_allclose(scores_BK.numpy(), expected_scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingExtraError, MissingFileError
 from rag_lightning.index.exact import ExactIndex
-from rag_lightning.index.faiss import INDEX_FILE, FaissIndex
+from rag_lightning.index.faiss import INDEX_FILE, FaissIndex, training_sample_size
+from rag_lightning.index.vector_files import in_storage, write_vectors
+from rag_lightning.index.vectors import StoredVectors, open_vectors
 
 METRICS = ["inner_product", "l2", "cosine"]
 
@@ -136,6 +138,7 @@ def test_added_rows_continue_the_numbering():
         ),
         ({"factory": "IVF2,Flat", "ef_search": 4}, r"ef_search: expected an index factory with a graph \(HNSW…\)"),
         ({"factory": "IVF2,Flat", "nprobe": 0}, "nprobe: expected at least 1, came 0"),
+        ({"factory": "IVF2,Flat", "num_training_vectors": 0}, "num_training_vectors: expected at least 1, came 0"),
     ],
 )
 def test_a_factory_that_does_not_fit_is_refused_in_faiss_words_and_ours(settings, message):
@@ -176,6 +179,75 @@ def test_loading_nothing_or_torn_files_says_so(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CorruptSnapshotError, match="expected a whole FAISS index; FAISS says"):
         FaissIndex.load(tmp_path)
+
+
+def test_settings_that_contradict_the_index_are_refused(tmp_path):
+    FaissIndex.build(random_vectors(10)).save(tmp_path)
+    for text, message in (
+        ('{"factory": "Flat", "metric": "l2"}', "expected an index of metric 'l2', came another"),
+        ('{"factory": "Flat", "metric": "dot"}', "expected a factory and a metric of inner_product, l2, cosine"),
+        ("[]", "expected a factory and a metric"),
+        ("{", "not valid JSON.*Build the index again"),
+    ):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(CorruptSnapshotError, match=message):
+            FaissIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_index_over_stored_rows_is_one_over_their_values(tmp_path, storage, metric):
+    write_vectors(tmp_path / "vectors.npy", in_storage(random_vectors(400), storage))
+    vectors = open_vectors(tmp_path / "vectors.npy")
+    rows_ND, queries_BD = vectors.rows(torch.arange(400)), random_vectors(9, seed=1)
+    for parts in ({"factory": "Flat"}, {"factory": "IVF8,Flat", "nprobe": 8, "num_training_vectors": 320}):
+        scores_BK, ids_BK = FaissIndex.build(vectors, metric=metric, **parts).search(queries_BD, 7)
+        expected_scores, expected_ids = ExactIndex(rows_ND, metric=metric).search(queries_BD, 7)
+        assert torch.equal(ids_BK, expected_ids)
+        torch.testing.assert_close(scores_BK, expected_scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "factory", ["IVF4,PQ4x4", "OPQ4,IVF4,PQ4x4", "PCA8,Flat", "HNSW8,PQ4x4", "IVF4,SQ8", "PQ4x4np"]
+)
+def test_factories_of_all_families_find_most_neighbours(factory):
+    vectors_ND = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(40, dim=0) * 4
+    vectors_ND += random_vectors(800) / 4  # 20 clouds of 40 rows
+    settings = {"nprobe": 4} if "IVF" in factory else {"ef_search": 64} if "HNSW" in factory else {}
+    index = FaissIndex.build(vectors_ND, factory=factory, metric="l2", **settings)
+    _, ids_BK = index.search(vectors_ND[::40], 40)
+    of_the_cloud = (ids_BK // 40 == torch.arange(20).unsqueeze(1)).double().mean()
+    assert of_the_cloud > 0.9
+
+
+def test_only_the_sample_is_read_to_train(monkeypatch):
+    """The first version took all rows of a memory map as the sample, 64 GB for 21 million passages."""
+    (vectors,) = in_storage(random_vectors(5000), "float16")
+    read, trained = [], []
+    real_rows, real_train = StoredVectors.rows, FaissIndex._train
+
+    def rows(self, ids):
+        read.append(len(ids))
+        return real_rows(self, ids)
+
+    def train(self, *arguments):
+        monkeypatch.setattr(StoredVectors, "blocks", lambda *_: pytest.fail("all rows were read"))
+        real_train(self, *arguments)
+        trained.append(True)
+        monkeypatch.undo()
+
+    monkeypatch.setattr(StoredVectors, "rows", rows)
+    monkeypatch.setattr(FaissIndex, "_train", train)
+    FaissIndex.build(vectors, factory="IVF4,Flat", num_training_vectors=1000)
+    assert (read, trained) == ([1000], [True])
+
+
+def test_the_default_sample_is_the_documented_one():
+    assert training_sample_size(500, 16, 8) == 500
+    assert training_sample_size(10**6, 16, 0) == 65_536  # the 256 codes of a quantizer
+    assert training_sample_size(10**6, 16, 1024) == 262_144  # 256 a list
+    assert training_sample_size(10**7, 768, 4096) == 39 * 4096  # where 256 MiB would be too few a list
+    assert training_sample_size(10**7, 768, 1024) == 2**28 // (4 * 768)
 
 
 def test_an_unwritable_place_is_an_os_error(tmp_path):

@@ -1,4 +1,5 @@
 import errno
+import inspect
 import os
 import resource
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingFileError
+from rag_lightning.index import building
 from rag_lightning.index import snapshot as snapshot_module
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import FaissIndex
@@ -83,6 +85,118 @@ def test_publishing_the_same_again_keeps_one_whole_snapshot_and_open_maps_readab
     assert torch.equal(first.vectors(torch.arange(5)), random_vectors(5))
 
 
+def test_publishing_the_same_again_never_takes_the_live_one_away(tmp_path, monkeypatch):
+    """The old one was removed before the new one was renamed: a kill between the two lost the live snapshot."""
+    store = SnapshotStore(tmp_path)
+    first = store.publish(random_vectors(5), **ORIGIN)
+    inode, created = (first.path / "vectors.npy").stat().st_ino, first.manifest.created
+    monkeypatch.setattr(building, "discard", lambda *_: pytest.fail("the live snapshot was touched"))
+    second = store.publish(random_vectors(5), **ORIGIN)
+    assert (second.path, second.manifest.created) == (first.path, created)
+    assert (second.path / "vectors.npy").stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == [first.id]
+    assert torch.equal(second.vectors(torch.arange(5)), random_vectors(5))
+
+
+def test_an_altered_snapshot_of_the_same_content_is_replaced(tmp_path):
+    store = SnapshotStore(tmp_path)
+    first = store.publish(random_vectors(5), **ORIGIN)
+    data = bytearray((first.path / "vectors.npy").read_bytes())
+    data[-1] ^= 1
+    (first.path / "vectors.npy").write_bytes(data)
+    second = store.publish(random_vectors(5), **ORIGIN)
+    assert store.open(second.id).id == first.id
+    assert [path.name for path in tmp_path.iterdir()] == [first.id]
+
+
+@pytest.mark.parametrize(("storage", "row_bytes"), [("float32", 32), ("float16", 16), ("int8", 8)])
+@pytest.mark.parametrize("factory", ["exact", "Flat"])
+def test_vectors_lie_in_the_storage_asked_for_and_are_what_is_searched(tmp_path, storage, row_bytes, factory):
+    if factory == "Flat":
+        pytest.importorskip("faiss")
+    vectors_ND, queries_BD = random_vectors(40), random_vectors(3, seed=1)
+    published = SnapshotStore(tmp_path, storage=storage).publish(iter(vectors_ND.split(7)), factory=factory, **ORIGIN)
+    opened = SnapshotStore(tmp_path).open(published.id)  # whatever that store's own storage
+    assert opened.manifest.storage == storage
+    assert opened.manifest.num_bytes["vectors.npy"] == 128 + 40 * row_bytes
+    assert ("scales.npy" in opened.manifest.checksums) == (storage == "int8")
+    rows_ND = opened.vectors(torch.arange(40))
+    assert (rows_ND.dtype, opened.vectors_ND.storage) == (torch.float32, storage)
+    steps = {"float32": 0.0, "float16": 2e-3, "int8": float(vectors_ND.abs().max()) / 127 / 2 + 1e-6}
+    assert (rows_ND - vectors_ND).abs().max() <= steps[storage]
+    scores_BK, ids_BK = opened.index.search(queries_BD, 10)
+    expected_scores, expected_ids = ExactIndex(rows_ND).search(queries_BD, 10)
+    assert torch.equal(ids_BK, expected_ids)
+    torch.testing.assert_close(scores_BK, expected_scores)
+
+
+def test_what_float16_cannot_hold_publishes_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"came 70000 in row 1\. Use storage 'float32' or 'int8'"):
+        SnapshotStore(tmp_path, storage="float16").publish(torch.tensor([[1.0], [7e4]]), **ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="storage: expected one of float32, float16, int8; came 'bfloat16'"):
+        inspect.unwrap(SnapshotStore.__init__)(SnapshotStore.__new__(SnapshotStore), tmp_path, storage="bfloat16")
+
+
+def test_recall_is_measured_before_publishing_and_kept(tmp_path):
+    pytest.importorskip("faiss")
+    vectors_ND, queries_PD = random_vectors(500), random_vectors(30, seed=1)
+    for nprobe in (1, 4, 16):
+        store = SnapshotStore(tmp_path / str(nprobe), nprobe=nprobe, storage="int8")
+        snapshot = store.publish(vectors_ND, factory="IVF16,Flat", recall_queries=queries_PD, recall_at=5, **ORIGIN)
+        found = snapshot.index.search(queries_PD, 5)[1].tolist()
+        exact = (queries_PD @ snapshot.vectors(torch.arange(500)).T).topk(5).indices.tolist()
+        share = sum(len(set(a) & set(b)) for a, b in zip(found, exact, strict=True)) / (30 * 5)
+        assert snapshot.manifest.recall == {"recall@5": pytest.approx(share)}
+        assert store.open(snapshot.id).manifest.recall == snapshot.manifest.recall
+    assert snapshot.manifest.recall == {"recall@5": 1.0}
+    exact = SnapshotStore(tmp_path).publish(vectors_ND, recall_queries=queries_PD, **ORIGIN)
+    assert exact.manifest.recall == {}
+    small = SnapshotStore(tmp_path).publish(vectors_ND[:4], factory="Flat", recall_queries=queries_PD, **ORIGIN)
+    assert small.manifest.recall == {"recall@4": 1.0}  # K is at most N
+
+
+def test_old_snapshots_are_pruned_but_never_those_to_keep(tmp_path):
+    store = SnapshotStore(tmp_path)
+    ids = [store.publish(random_vectors(5, seed=step), step=step, **ORIGIN).id for step in (30, 10, 20, 0)]
+    late, first, middle, zero = ids
+    again = store.publish(random_vectors(5, seed=99), step=10, **ORIGIN).id  # newer than ``first``, of the same step
+    mapped = store.open(zero)
+    assert store.prune(5) == []
+    assert store.prune(2, keep=[first]) == [zero, again]
+    assert store.ids() == [first, middle, late]
+    assert mapped.vectors(torch.arange(5)).shape == (5, 8)  # an open map stays readable
+    (tmp_path / middle / "manifest.json").write_text("{")
+    assert store.prune(1) == [first]  # what cannot be read is neither counted nor touched
+    assert store.ids() == [middle, late]
+    with pytest.raises(ConfigError, match="keep_last: expected 1 or more, came 0"):
+        store.prune(0)
+
+
+def test_of_one_step_the_oldest_goes_first(tmp_path):
+    store = SnapshotStore(tmp_path)
+    ids = [store.publish(random_vectors(5, seed=seed), step=4, **ORIGIN).id for seed in range(4)]
+    assert store.prune(1) == ids[:3]
+
+
+def test_two_trainers_cannot_share_a_folder(tmp_path):
+    store = SnapshotStore(tmp_path / "index")
+    lock = store.lock()
+    message = (
+        rf"index: expected a snapshot folder that no other run uses, came one in use by pid {os.getpid()} on host "
+    )
+    with pytest.raises(ConfigError, match=message + ".*wait for that run, stop it, or give this one another folder"):
+        SnapshotStore(tmp_path / "index").lock()
+    store.publish(random_vectors(3), **ORIGIN)
+    assert len(store.ids()) == 1
+    lock.release()
+    SnapshotStore(tmp_path / "index").lock().release()
+    assert [path.name for path in store.root.iterdir()] == store.ids()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CorruptSnapshotError, match="could not be built"):
+        SnapshotStore(tmp_path / "file" / "store").lock()
+
+
 def test_blocks_are_streamed_into_the_same_snapshot(tmp_path):
     vectors_ND = random_vectors(10)
     whole = SnapshotStore(tmp_path / "a").publish(vectors_ND, **ORIGIN)
@@ -109,7 +223,7 @@ def test_a_missing_shard_publishes_nothing(tmp_path):
     store = SnapshotStore(tmp_path)
     path = store.begin(0)
     store.write_shard(path, 0, random_vectors(3))
-    with pytest.raises(CorruptSnapshotError, match=r"shard-00001\.npy"):
+    with pytest.raises(CorruptSnapshotError, match=r"shard-00001/vectors\.npy: expected a whole"):
         store.finish(path, 2, Origin(**ORIGIN))
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +261,7 @@ def test_a_disk_that_fills_up_leaves_the_old_snapshot_live(tmp_path, factory, li
     assert all(map(torch.equal, store.open(old.id).index.search(random_vectors(2, seed=1), 5), before))
 
 
-@pytest.mark.parametrize("stage", ["write_vectors", "join_vectors", "write_json", "_sync"])
+@pytest.mark.parametrize("stage", ["write_vectors", "write_json", "sync", "sync_and_hash"])
 def test_no_space_at_any_stage_removes_the_partial_folder(tmp_path, monkeypatch, stage):
     store = SnapshotStore(tmp_path)
     old = store.publish(random_vectors(20), step=1, **ORIGIN)
@@ -169,6 +283,16 @@ def test_the_space_needed_is_named_in_full(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot_module, "write_vectors", full)
     with pytest.raises(CorruptSnapshotError, match=r"vectors need 2\.0 MiB"):
         SnapshotStore(tmp_path).publish(torch.zeros(2**19, 1), **ORIGIN)
+
+
+def test_a_stream_that_fills_the_disk_names_what_it_had_written(tmp_path):
+    blocks = (random_vectors(1000, 256) for _ in range(20))
+    with (
+        file_size_limit(5 * 2**20),
+        pytest.raises(CorruptSnapshotError, match=r"vectors need more than the 5\.0 MiB written so far; .* are free"),
+    ):
+        SnapshotStore(tmp_path).publish(blocks, **ORIGIN)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_root_is_named(tmp_path):
@@ -201,7 +325,7 @@ def test_an_interrupt_leaves_nothing_half_built(tmp_path, monkeypatch):
 
 
 def test_what_reads_back_wrong_is_not_published(tmp_path, monkeypatch):
-    real = snapshot_module._sync_and_hash
+    real = snapshot_module.sync_and_hash
 
     def bit_rot_after_hashing(path):
         checksums = real(path)
@@ -210,7 +334,7 @@ def test_what_reads_back_wrong_is_not_published(tmp_path, monkeypatch):
         (path / "vectors.npy").write_bytes(data)
         return checksums
 
-    monkeypatch.setattr(snapshot_module, "_sync_and_hash", bit_rot_after_hashing)
+    monkeypatch.setattr(snapshot_module, "sync_and_hash", bit_rot_after_hashing)
     with pytest.raises(CorruptSnapshotError, match="torn or altered"):
         SnapshotStore(tmp_path).publish(random_vectors(2), **ORIGIN)
     assert list(tmp_path.iterdir()) == []

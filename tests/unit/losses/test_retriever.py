@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rag_lightning.losses.retriever import in_batch_contrastive
+from rag_lightning.losses.retriever import false_negatives, in_batch_contrastive
 
 
 def naive(scores, positive, ignored):
@@ -49,3 +49,25 @@ def test_a_single_passage_is_refused():
 def test_a_gold_column_out_of_range_is_refused(column):
     with pytest.raises(ValueError, match=rf"expected gold columns within 0..2, got \[0, {column}\]"):
         in_batch_contrastive(torch.zeros(2, 3), torch.tensor([0, column]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_false_negatives_are_those_of_a_double_loop(seed):
+    rng = torch.Generator().manual_seed(seed)
+    gold = torch.randint(-1, 5, (3, 2), generator=rng)
+    ids = torch.randint(-1, 5, (9,), generator=rng)
+    counted = torch.rand(9, generator=rng) < 0.7
+    for mask in (None, counted):
+        expected = [
+            [
+                (number != -1 and number in row) or (mask is not None and not mask[place])
+                for place, number in enumerate(ids.tolist())
+            ]
+            for row in gold.tolist()
+        ]
+        assert [[bool(one) for one in row] for row in expected] == false_negatives(gold, ids, mask).tolist()
+
+
+def test_an_unknown_passage_is_a_negative_of_all():
+    """-1 stands for an unknown gold passage and for an unknown passage; they are not the same one."""
+    assert false_negatives(torch.tensor([[-1], [3]]), torch.tensor([-1, 3])).tolist() == [[False, False], [False, True]]

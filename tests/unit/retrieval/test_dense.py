@@ -55,6 +55,17 @@ def test_gradient_reaches_the_query_through_the_exact_vectors(corpus, publish):
     assert queries_BD.grad.abs().sum() > 0
 
 
+def test_its_document_scores_are_the_similarities(corpus, publish):
+    retriever = DenseRetriever(publish(torch.eye(4)), corpus)
+    hits = retriever.retrieve(["a"], torch.eye(4)[:1], 2)
+    live_BK = torch.tensor([[0.3, 0.2]], requires_grad=True)
+    assert retriever.scores(hits, live_BK, torch.eye(4)[:1]) is live_BK
+    assert retriever.needs_vectors
+    assert retriever.gradient_to == ("query_encoder", "passage_encoder")
+    with pytest.raises(ConfigError, match="expected the hits' similarities, came none"):
+        retriever.scores(hits, None, None)
+
+
 def test_a_swap_changes_what_answers_and_old_hits_keep_their_texts(corpus, publish):
     retriever = DenseRetriever(publish(torch.eye(4), step=0), corpus)
     queries_BD = torch.eye(4)[:1]

@@ -6,7 +6,7 @@ from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
 from rag_lightning.retrieval import encode
-from rag_lightning.retrieval.encode import PassageTokens, encode_passages
+from rag_lightning.retrieval.encode import PassageTokens, encode_passages, encode_questions, encoding_seconds
 from rag_lightning.text.token_store import TokenStore
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.distributed import shard
@@ -116,3 +116,44 @@ def test_an_encoder_without_tokenizer_is_refused(encoder, corpus):
     bare = BiEncoder(query=encoder.query, passage=encoder.passage, tokenizer=None)
     with pytest.raises(ConfigError, match="this encoder has no tokenizer"):
         PassageTokens(encoder=bare, corpus=corpus)
+
+
+def test_questions_are_encoded_as_one_by_one(encoder):
+    questions = ["who made amber", "dawn", "by ada ash in it was made " * 20]
+    with torch.no_grad():  # so that the towers differ, and the passage tower would show
+        encoder.query.backbone.embeddings.word_embeddings.weight.mul_(1.5)
+    encoder.train()
+    found = encode_questions(encoder, questions, batch_size=2)
+    assert encoder.query.training
+    encoder.eval()
+    for question, vector in zip(questions, found, strict=True):
+        ids = encoder.tokenizer(question, truncation=True, max_length=encoder.max_query_tokens)["input_ids"]
+        ids = torch.tensor([ids])
+        torch.testing.assert_close(vector, encoder.query(TokenBatch(ids, torch.ones_like(ids)))[0].detach())
+    assert not found.requires_grad
+    bare = BiEncoder(query=encoder.query, passage=encoder.passage, tokenizer=None)
+    with pytest.raises(ConfigError, match="this encoder has no tokenizer"):
+        encode_questions(bare, questions)
+
+
+def test_the_time_to_encode_is_extrapolated_from_batches_of_all_lengths(encoder, tokens, monkeypatch):
+    clock = iter([100.0, 103.0])
+    monkeypatch.setattr(encode.time, "perf_counter", lambda: next(clock))
+    lengths = []
+    plain = encode._encode
+
+    def watched(tower, batch):
+        lengths.append(batch.input_ids.shape)
+        return plain(tower, batch)
+
+    monkeypatch.setattr(encode, "_encode", watched)
+    encoder.train()
+    seconds = encoding_seconds(encoder, tokens, batch_size=4, num_batches=3)
+    assert encoder.passage.training
+    timed = lengths[1:]  # the first warms up
+    assert len(timed) == 3
+    assert seconds == pytest.approx(3.0 * NUM_PASSAGES / sum(rows for rows, _ in timed))
+    widths = [width for _, width in timed]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == 42, "the longest, cut at the limit"
+    assert widths[-1] < 30

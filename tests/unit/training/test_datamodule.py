@@ -9,6 +9,7 @@ import torch
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingFileError, StaleIndexError
 from rag_lightning.index.snapshot import SnapshotStore, open_snapshot
 from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.live_index import IndexSettings
 from rag_lightning.training.objectives import ClosedBook, Contrastive, Denoising, MarginalObjective
 from rag_lightning.utils import distributed
 
@@ -176,7 +177,7 @@ def test_the_index_holds_the_passage_towers_vectors_in_corpus_order(tiny_run, ti
             tokens = data._passage_tokens.batch_of([passage])
             vector_D = run.module.model.encoder.passage(tokens)[0]
             torch.testing.assert_close(data.retriever.vectors(torch.tensor([[row]]))[0, 0], vector_D)
-    manifest = data.retriever.snapshot.manifest
+    manifest = data.dense.snapshot.manifest
     assert (manifest.num_vectors, manifest.dimension, manifest.step) == (24, 16, 0)
     assert manifest.encoder_hash == run.module.model.encoder.passage_hash()
 
@@ -184,15 +185,15 @@ def test_the_index_holds_the_passage_towers_vectors_in_corpus_order(tiny_run, ti
 def test_a_live_index_is_kept_unless_a_fresh_one_is_asked_for_and_needed(tiny_run):
     run = tiny_run()
     data = indexed(run)
-    first = data.retriever.snapshot_id
+    first = data.dense.snapshot_id
     data.ensure_index(step=7, fresh=True)
-    assert data.retriever.snapshot_id == first  # the tower has not changed
+    assert data.dense.snapshot_id == first  # the tower has not changed
     with torch.no_grad():
         next(run.module.model.encoder.passage.parameters()).add_(0.1)
     data.ensure_index(step=8)
-    assert data.retriever.snapshot_id == first
+    assert data.dense.snapshot_id == first
     data.ensure_index(step=9, fresh=True)
-    assert data.retriever.snapshot_id != first
+    assert data.dense.snapshot_id != first
     assert data.snapshot_step == 9
     assert len(SnapshotStore(run.data.index_dir).ids()) == 2
 
@@ -200,39 +201,39 @@ def test_a_live_index_is_kept_unless_a_fresh_one_is_asked_for_and_needed(tiny_ru
 def test_a_ready_snapshot_is_used_if_it_belongs_to_tower_and_corpus(
     tiny_run, tiny_model, json_lines, tiny_passages, tmp_path
 ):
-    snapshot = indexed(tiny_run()).retriever.snapshot
-    again = indexed(tiny_run(data={"snapshot": str(snapshot.path)}))
-    assert again.retriever.snapshot_id == snapshot.id
+    snapshot = indexed(tiny_run()).dense.snapshot
+    again = indexed(tiny_run(data={"index": IndexSettings(snapshot=str(snapshot.path))}))
+    assert again.dense.snapshot_id == snapshot.id
     assert not again.index_dir.exists()  # nothing was encoded
     with pytest.raises(StaleIndexError, match=rf"(?s){snapshot.manifest.encoder_hash[:12]}"):
-        indexed(tiny_run(model=tiny_model(seed=5), data={"snapshot": str(snapshot.path)}))
+        indexed(tiny_run(model=tiny_model(seed=5), data={"index": IndexSettings(snapshot=str(snapshot.path))}))
     fewer = json_lines(tmp_path / "passages.jsonl", tiny_passages[:20])
     with pytest.raises(StaleIndexError, match=rf"(?s){snapshot.manifest.corpus_hash[:12]}"):
-        indexed(tiny_run(data={"snapshot": str(snapshot.path), "passages": str(fewer)}))
+        indexed(tiny_run(data={"index": IndexSettings(snapshot=str(snapshot.path)), "passages": str(fewer)}))
 
 
 def test_a_snapshot_of_another_metric_is_refused(tiny_run, tiny_model):
-    snapshot = indexed(tiny_run()).retriever.snapshot
+    snapshot = indexed(tiny_run()).dense.snapshot
     model = tiny_model()
     object.__setattr__(model.settings, "metric", "l2")
     with pytest.raises(StaleIndexError, match="expected metric 'l2' as the model's, came 'inner_product'"):
-        indexed(tiny_run(model=model, data={"snapshot": str(snapshot.path)}))
+        indexed(tiny_run(model=model, data={"index": IndexSettings(snapshot=str(snapshot.path))}))
 
 
 def test_a_torn_snapshot_is_refused(tiny_run):
-    snapshot = indexed(tiny_run()).retriever.snapshot
+    snapshot = indexed(tiny_run()).dense.snapshot
     file = snapshot.path / "vectors.npy"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CorruptSnapshotError, match="vectors.npy"):
-        indexed(tiny_run(data={"snapshot": str(snapshot.path)}))
+        indexed(tiny_run(data={"index": IndexSettings(snapshot=str(snapshot.path))}))
 
 
 def test_a_full_disk_leaves_the_live_snapshot_as_it_was(tiny_run, monkeypatch):
     run = tiny_run()
     data = indexed(run)
-    live = data.retriever.snapshot
+    live = data.dense.snapshot
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -240,12 +241,12 @@ def test_a_full_disk_leaves_the_live_snapshot_as_it_was(tiny_run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(CorruptSnapshotError, match="No space left on device.*need.*are free"):
-            data.build_snapshot(5)
-    assert data.retriever.snapshot_id == live.id
+            data.index.build(5)
+    assert data.dense.snapshot_id == live.id
     assert SnapshotStore(data.index_dir).ids() == [live.id]
     assert [path.name for path in data.index_dir.iterdir()] == [live.id]  # no half-built folder
     assert open_snapshot(live.path).id == live.id
-    assert data.build_snapshot(5).manifest.step == 5  # and it goes on once there is space
+    assert data.index.build(5).manifest.step == 5  # and it goes on once there is space
 
 
 def test_state_names_the_live_snapshot_and_restores_it(tiny_run, tiny_model, tmp_path):
@@ -256,14 +257,14 @@ def test_state_names_the_live_snapshot_and_restores_it(tiny_run, tiny_model, tmp
     prepared(other)
     other.data.load_state_dict(state)
     other.data.ensure_index(step=12)
-    assert other.data.retriever.snapshot_id == state["snapshot_id"] == data.retriever.snapshot_id
+    assert other.data.dense.snapshot_id == state["snapshot_id"] == data.dense.snapshot_id
 
 
 def test_faiss_serves_the_same_passages(tiny_run):
     pytest.importorskip("faiss")
-    flat = tiny_run(data={"factory": "Flat"}, max_steps=3).fit()
+    flat = tiny_run(data={"index": IndexSettings(factory="Flat")}, max_steps=3).fit()
     exact = tiny_run(max_steps=3).fit()
     assert flat.recorder.losses == pytest.approx(exact.recorder.losses, rel=1e-5)
-    assert flat.data.retriever.snapshot.manifest.factory == "Flat"
+    assert flat.data.dense.snapshot.manifest.factory == "Flat"
     with pytest.raises(ConfigError, match="Nonsense"):
-        indexed(tiny_run(data={"factory": "Nonsense17"}, objective=MarginalObjective(kind="rag_token")))
+        indexed(tiny_run(data={"index": IndexSettings(factory="Nonsense17")}, objective=MarginalObjective(kind="rag_token")))

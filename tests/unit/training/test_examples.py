@@ -1,6 +1,7 @@
 """Training examples: drawn by seed, epoch and position alone, in the shares that were asked for."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,54 @@ def test_regex_questions_have_no_target_text(corpus):
     (example,) = drawn(QuestionExamples([Question("q", "?", (), (), "A|B")], corpus), 1)
     assert example.answer == ""
     assert example.positive_row == -1
+
+
+def with_negatives(questions, *ids):
+    """Hard negatives for the first questions, one list for each."""
+    first = [replace(question, negative_passage_ids=tuple(own)) for question, own in zip(questions, ids, strict=False)]
+    return [*first, *questions[len(ids) :]]
+
+
+def test_hard_negatives_are_drawn_anew_at_each_visit(questions, corpus):
+    asked = with_negatives(questions, ["film-5", "film-6", "film-7"])[:1]
+    examples = QuestionExamples(asked, corpus, with_passage=True, num_negatives=2)
+    visits = [example.negative_rows for example in drawn(examples, 60)]
+    assert {frozenset(rows) for rows in visits} == {frozenset(pair) for pair in ([5, 6], [5, 7], [6, 7])}
+    assert visits == [example.negative_rows for example in drawn(examples, 60)]  # by the generator alone
+    assert all(example.negative_rows == () for example in drawn(QuestionExamples(asked, corpus, with_passage=True), 3))
+
+
+def test_missing_hard_negatives_are_filled_with_passages_that_are_not_gold(questions, corpus):
+    asked = [replace(questions[0], positive_passage_ids=("film-0", "film-3")), questions[1]]
+    asked = with_negatives(asked, ["film-5"])
+    examples = QuestionExamples(asked, corpus, with_passage=True, num_negatives=3)
+    seen = {0: set(), 1: set()}
+    for place, example in enumerate(drawn(examples, 400)):
+        rows = example.negative_rows
+        assert len(set(rows)) == 3
+        assert (rows[0] == 5) or place % 2 == 1
+        seen[place % 2].update(rows)
+    assert seen[0] == set(range(24)) - {0, 3}
+    assert seen[1] == set(range(24)) - {1}
+    whole = QuestionExamples(asked[:1], corpus, with_passage=True, num_negatives=22)
+    assert set(whole.draw(0, random.Random(0)).negative_rows) == seen[0]  # ends where all but the gold ones are drawn
+
+
+def test_hard_negatives_leave_the_other_draws_as_they_are(questions, corpus):
+    asked = with_negatives(questions, ["film-20"])
+    plain = drawn(QuestionExamples(asked, corpus, sample_answers=True, with_passage=True), 13)
+    mined = drawn(QuestionExamples(asked, corpus, sample_answers=True, with_passage=True, num_negatives=2), 13)
+    assert [replace(example, negative_rows=()) for example in mined] == plain
+
+
+def test_hard_negatives_that_cannot_be_drawn_are_refused(questions, corpus):
+    with pytest.raises(DataError, match=r"questions with negative_passage_ids, since 2 hard .*rag-lightning mine"):
+        QuestionExamples(questions, corpus, with_passage=True, num_negatives=2)
+    asked = with_negatives(questions, ["film-5"])
+    with pytest.raises(
+        DataError, match=r"at least 25 passages to draw 24 hard negatives beside up to 1 gold .* came 24"
+    ):
+        QuestionExamples(asked, corpus, with_passage=True, num_negatives=24)
 
 
 def test_inverse_cloze_asks_for_the_passage_that_a_sentence_was_taken_from(corpus):
@@ -163,7 +212,23 @@ def test_a_batch_holds_what_the_examples_say(questions, corpus, tiny_model):
     assert model.encoder.tokenizer.batch_decode(batch.passages.input_ids, skip_special_tokens=True) == [
         f"{e.passage.title} {e.passage.text}".lower() for e in examples
     ]
+    assert batch.negatives is None
+    assert batch.negative_ids_BM is None
     bare = Collator(model, assembler=assembler)(drawn(QuestionExamples(questions, corpus), 2), [1.0, 1.0])
     assert bare.contexts is None
     assert bare.passages is None
     assert torch.equal(bare.query.input_ids, model.query_tokens([q.question for q in questions[:2]]).input_ids)
+
+
+def test_a_batch_holds_the_hard_negatives_of_each_question_side_by_side(questions, corpus, tiny_model):
+    model = tiny_model()
+    tokens = PassageTokens(encoder=model.encoder, corpus=corpus)
+    asked = with_negatives(questions, ["film-20", "film-21"], ["film-22", "film-23"])[:2]
+    examples = drawn(QuestionExamples(asked, corpus, with_passage=True, num_negatives=2), 2)
+    batch = Collator(model, passage_tokens=tokens)(examples, [1.0, 1.0])
+    assert batch.negative_ids_BM.tolist() == [list(example.negative_rows) for example in examples]
+    assert set(batch.negative_ids_BM[0].tolist()) == {20, 21}
+    texts = model.encoder.tokenizer.batch_decode(batch.negatives.input_ids, skip_special_tokens=True)
+    rows = [row for example in examples for row in example.negative_rows]
+    assert texts == [f"{corpus[row].title} {corpus[row].text}".lower() for row in rows]
+    assert batch.to("cpu").negatives.input_ids.equal(batch.negatives.input_ids)

@@ -1,11 +1,13 @@
 """Objectives: what a batch is worth, against what the same numbers give when they are put together by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.index.base import similarity
 from rag_lightning.retrieval.encode import encode_passages
 from rag_lightning.training.examples import Collator, InverseClozeExamples, QuestionExamples
 from rag_lightning.training.objectives import ClosedBook, Contrastive, Denoising, MarginalObjective, Sources
@@ -178,6 +180,141 @@ def test_an_odd_last_example_teaches_nothing_and_stops_nothing(ready):
     gradients = [p.grad for p in run.module.model.encoder.parameters() if p.grad is not None]
     assert gradients  # every process has some, so that none waits
     assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients)
+
+
+QUESTIONS = [
+    Question("a", "who made Amber", ("x",), ("film-0", "film-9"), None, ("film-5", "film-6")),
+    Question("b", "who made Bridge", ("x",), ("film-1",), None, ("film-0", "film-7")),  # one is gold for the first
+    Question("c", "who made Copper", ("x",), ("film-2",), None, ("film-6", "film-9")),  # so is one here
+]
+
+
+def negatives_batch(run, *, num_negatives=2, weights=(1.0, 1.0, 1.0)):
+    examples = QuestionExamples(QUESTIONS, run.data.corpus, with_passage=True, num_negatives=num_negatives)
+    drawn = [examples.draw(place, rng_at(1, place)) for place in range(3)]
+    collate = Collator(run.module.model, assembler=run.data.assembler, passage_tokens=run.data._passage_tokens)
+    return collate(drawn, list(weights)), drawn
+
+
+def naive_contrastive(model, run, batch, drawn, temperature=0.1):
+    """-log of the gold passage's share, question by question and passage by passage."""
+    with torch.no_grad():
+        vectors_ND = torch.cat(
+            list(encode_passages(model.encoder, run.data._passage_tokens, range(24), progress=False))
+        )
+        queries_BD = [model.encoder.query(model.query_tokens([question.question]))[0] for question in QUESTIONS]
+    real = [place for place, weight in enumerate(batch.weights_B.tolist()) if weight > 0]
+    columns = [drawn[place].positive_row for place in real]
+    columns += [row for place in real for row in drawn[place].negative_rows]
+    losses = []
+    for place, question in enumerate(QUESTIONS):
+        gold = drawn[place].positive_row
+        all_gold = {int(one.removeprefix("film-")) for one in question.positive_passage_ids}
+        terms = [float(queries_BD[place] @ vectors_ND[gold])]
+        terms += [float(queries_BD[place] @ vectors_ND[row]) for row in columns if row not in all_gold]
+        losses.append(math.log(sum(math.exp((term - terms[0]) / temperature) for term in terms)))
+    return [losses[place] for place in real]
+
+
+def test_hard_negatives_of_all_are_contrasted_with_each_unless_they_are_gold_for_it(ready):
+    run = ready(Contrastive(hard_negatives=2), optim={"train_passage_encoder": True})
+    batch, drawn = negatives_batch(run)
+    assert batch.negatives.input_ids.shape[0] == 6
+    outcome = run.module.objective(run.module.model, batch, sources(run))
+    assert outcome.loss_B.tolist() == pytest.approx(naive_contrastive(run.module.model, run, batch, drawn), rel=1e-4)
+    harder = naive_contrastive(run.module.model, run, *negatives_batch(run))
+    easier_batch, easier_drawn = negatives_batch(run, num_negatives=0)
+    easier = naive_contrastive(run.module.model, run, easier_batch, easier_drawn)
+    assert all(hard > easy for hard, easy in zip(harder, easier, strict=True))
+
+
+def test_passages_of_a_filler_are_no_negatives(ready):
+    run = ready(Contrastive(hard_negatives=2), optim={"train_passage_encoder": True})
+    batch, drawn = negatives_batch(run, weights=(1.0, 0.0, 1.0))
+    loss_B = run.module.objective(run.module.model, batch, sources(run)).loss_B
+    expected = naive_contrastive(run.module.model, run, batch, drawn)
+    assert loss_B[[0, 2]].tolist() == pytest.approx(expected, rel=1e-4)
+    assert math.isfinite(float(loss_B[1].detach()))  # 0 times it is 0
+
+
+def test_another_gold_passage_of_a_question_is_no_negative_for_it(ready):
+    """Only the gold passage drawn was once spared: another one of the same question was pushed away."""
+    run = ready(Contrastive(), optim={"train_passage_encoder": True})
+    both = [Question("a", "who made Amber", ("x",), ("film-0", "film-1")), QUESTIONS[1]]
+    examples = QuestionExamples(both, run.data.corpus, with_passage=True)
+    drawn = next(
+        pair
+        for pair in ([examples.draw(place, rng_at(seed)) for place in range(2)] for seed in range(20))
+        if [example.positive_row for example in pair] == [0, 1]
+    )
+    with torch.no_grad():
+        loss_B = run.module.objective(run.module.model, contrastive_batch(run, drawn), sources(run)).loss_B
+    assert float(loss_B[0]) == 0.0  # nothing is left to contrast with
+    assert float(loss_B[1]) > 0.0
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2", "cosine"])
+def test_the_similarity_that_is_trained_is_the_one_that_is_searched_by(metric, ready):
+    run = ready(Contrastive(), optim={"train_passage_encoder": True})
+    model = run.module.model
+    batch = first_batch(run)
+    model.settings = replace(model.settings, metric=metric)
+    with torch.no_grad():
+        loss_B = run.module.objective(model, batch, sources(run)).loss_B
+        queries_BD, passages_ND = model.encoder.query(batch.query), model.encoder.passage(batch.passages)
+        scores_BN = similarity(queries_BD, passages_ND.expand(4, -1, -1), metric) / 0.1
+    torch.testing.assert_close(loss_B, -scores_BN.log_softmax(dim=1).diagonal(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradient_caching_changes_nothing(shared, ready, tiny_model):
+    run = ready(Contrastive(hard_negatives=2), optim={"train_passage_encoder": True})
+    model = tiny_model(shared=shared).double()  # so that only a wrong gradient differs
+    batch, _ = negatives_batch(run)
+    found = []
+    for chunk in (None, 1, 2):
+        model.zero_grad()
+        outcome = Contrastive(hard_negatives=2, cache_chunk=chunk)(model, batch, sources(run))
+        outcome.loss_B.sum().backward()
+        gradients = [p.grad.clone() for p in model.encoder.parameters() if p.grad is not None]
+        assert len(gradients) > (10 if shared else 20)
+        found.append((outcome.loss_B.detach(), gradients))
+    assert max(float(gradient.abs().max()) for gradient in found[0][1]) > 1e-3
+    for loss_B, gradients in found[1:]:
+        torch.testing.assert_close(loss_B, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1])
+
+
+def test_gradient_caching_encodes_a_chunk_at_a_time(ready):
+    run = ready(Contrastive(hard_negatives=2, cache_chunk=2), optim={"train_passage_encoder": True})
+    batch, _ = negatives_batch(run)
+    sizes = []
+    run.module.model.encoder.passage.register_forward_hook(lambda tower, tokens, output: sizes.append(len(output)))
+    run.module.objective(run.module.model, batch, sources(run))
+    assert sizes == [2, 1, 2, 2, 2]
+
+
+def test_hard_negatives_that_did_not_come_are_missed(ready):
+    run = ready(Contrastive(), optim={"train_passage_encoder": True})
+    batch, _ = negatives_batch(run, num_negatives=1)
+    message = r"contrastive: expected {} hard negatives for each question, as objective.hard_negatives says, came {}"
+    with pytest.raises(DataError, match=message.format(0, 1)):
+        run.module.objective(run.module.model, batch, sources(run))
+    with pytest.raises(DataError, match=message.format(2, 0)):
+        Contrastive(hard_negatives=2)(run.module.model, first_batch(run), sources(run))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hard_negatives": -1}, r"objective.hard_negatives: expected 0, or more .*got -1 with gold_passages"),
+        ({"hard_negatives": 2, "examples": "denoising"}, r"examples=gold_passages .*got 2 with denoising"),
+        ({"cache_chunk": 0}, r"objective.cache_chunk: expected at least 1 text at a time, or null, got 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Contrastive(**settings)
 
 
 def test_contrastive_only_retrieves_in_evaluation(ready):

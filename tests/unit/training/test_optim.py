@@ -7,11 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_lightning.errors import ConfigError
+from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.fusion import ConvexFusion, GatedFusion, ReciprocalRankFusion
 from rag_lightning.training.optim import (
     OptimSettings,
     build_optimizer,
     build_scheduler,
+    check_learns,
     freeze_all_but,
+    modules_of,
     parameter_groups,
     rate_factor,
 )
@@ -106,11 +110,97 @@ def test_freezing_is_undone_for_parts_that_train(tiny_model):
     assert not any(parameter.requires_grad for parameter in model.generator.parameters())
 
 
+# ---------------------------------------------------------------------- the fusion
+
+
+def with_fusion(model, fusion):
+    model.fusion = fusion
+    return model
+
+
+def test_a_learned_gate_is_a_part_with_its_own_rate(tiny_model):
+    model = with_fusion(tiny_model(), GatedFusion(dimension=16))
+    assert list(modules_of(model))[-1] == "fusion"
+    freeze_all_but(model, ("fusion",))
+    groups = {group["name"]: group for group in parameter_groups(model, OptimSettings(lr_fusion=0.5, weight_decay=0.1))}
+    assert set(groups) == {"fusion", "fusion/no_decay"}
+    assert groups["fusion"]["lr"] == groups["fusion/no_decay"]["lr"] == 0.5
+    assert groups["fusion"]["params"] == [model.fusion.gate.weight]
+    freeze_all_but(model, ALL)
+    assert not any(parameter.requires_grad for parameter in model.fusion.parameters())
+
+
+@pytest.mark.parametrize("fusion", [None, ReciprocalRankFusion(), ConvexFusion()])
+def test_a_fusion_that_learns_nothing_is_no_part(tiny_model, fusion):
+    model = with_fusion(tiny_model(), fusion)
+    assert "fusion" not in modules_of(model)
+    freeze_all_but(model, (*ALL, "fusion"))
+    assert not any(group["name"].startswith("fusion") for group in parameter_groups(model, OptimSettings()))
+
+
+def test_training_the_gate_is_a_setting(tiny_model):
+    assert OptimSettings().trained_parts(("generator", "fusion")) == ("generator", "fusion")
+    assert OptimSettings(train_fusion=False).trained_parts(("generator", "fusion")) == ("generator",)
+
+
+class Teaches:
+    """A retriever, as far as the check looks."""
+
+    snapshot_id = "some-index"
+    corpus = needs_vectors = None
+
+    def __init__(self, *parts):
+        self.gradient_to = parts
+
+    def retrieve(self, *_):
+        raise AssertionError("the check searches nothing")
+
+    vectors = scores = evidence = retrieve
+
+
+ENCODERS = ("query_encoder", "passage_encoder")
+
+
+@pytest.mark.parametrize(
+    ("taught", "trained"),
+    [
+        (ENCODERS, ALL),
+        (ENCODERS, (*ALL, "generator")),
+        ((*ENCODERS, "fusion"), (*ALL, "fusion")),
+        ((), ("generator",)),
+        ((), ()),
+    ],
+)
+def test_parts_that_the_retriever_teaches_may_train(tiny_model, taught, trained):
+    check_learns(with_fusion(tiny_model(), GatedFusion(dimension=16)), Teaches(*taught), trained)
+
+
+@pytest.mark.parametrize(
+    ("taught", "trained", "part"),
+    [
+        ((), ("query_encoder", "generator"), "query_encoder"),
+        ((), ("passage_encoder",), "passage_encoder"),
+        (ENCODERS, ("query_encoder", "fusion"), "fusion"),
+    ],
+)
+def test_a_part_that_would_never_learn_is_refused(tiny_model, taught, trained, part):
+    model = with_fusion(tiny_model(), GatedFusion(dimension=16))
+    words = part.replace("_", " ")
+    message = rf"optim.train_{part}=true, but retriever some-index gives a gradient to .* on the {words}, which would"
+    with pytest.raises(ConfigError, match=rf"{message} never learn. Set optim.train_{part}=false"):
+        check_learns(model, Teaches(*taught), trained)
+
+
+def test_a_part_that_the_model_lacks_is_not_missed(tiny_generator):
+    check_learns(RagModel(encoder=None, generator=tiny_generator()), Teaches(), (*ALL, "fusion"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"lr_generator": 0.0}, r"optim.lr_generator: expected a positive number, got 0.0; .*train_generator=false"),
         ({"lr_query_encoder": float("nan")}, "optim.lr_query_encoder: expected a positive number, got nan"),
+        ({"lr_fusion": 0.0}, r"optim.lr_fusion: expected a positive number, got 0.0; .*train_fusion=false"),
         ({"lr_passage_encoder": -1.0}, "optim.lr_passage_encoder: expected a positive number, got -1.0"),
         ({"warmup_steps": -1}, "optim.warmup_steps: expected 0 or more, got -1"),
     ],

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rag_lightning.errors import ConfigError, CorruptSnapshotError
 from rag_lightning.index import snapshot as snapshot_module
 from rag_lightning.index.snapshot import SnapshotStore, open_snapshot
-from rag_lightning.training.datamodule import RagDataModule
+from rag_lightning.training.live_index import LiveIndex
 from rag_lightning.training.reindex import ReindexSchedule
 
 BOTH = {"train_passage_encoder": True}
@@ -72,13 +72,13 @@ def test_nonsense_is_refused(schedule, message):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_refreshes_happen_at_the_steps_that_are_due_and_once(accumulate, tiny_run, monkeypatch):
     built = []
-    build = RagDataModule.build_snapshot
+    build = LiveIndex.build
 
-    def counted(data, step):
+    def counted(index, step, **probe):
         built.append(step)
-        return build(data, step)
+        return build(index, step, **probe)
 
-    monkeypatch.setattr(RagDataModule, "build_snapshot", counted)
+    monkeypatch.setattr(LiveIndex, "build", counted)
     run = tiny_run(
         schedule="0-4:2,4-:3",
         optim=BOTH,
@@ -115,7 +115,8 @@ def test_each_refresh_is_logged_with_overlap_and_age(tiny_run, tiny_world, tmp_p
     ages = {int(row["step"]): float(row["index/age_steps"]) for row in rows if row["index/age_steps"]}
     assert ages == {1: 1.0, 3: 0.0, 5: 2.0}
     assert [float(row["val/index_age_steps"]) for row in rows if row["val/index_age_steps"]] == [1.0]
-    assert len(SnapshotStore(run.data.index_dir).ids()) == 3
+    kept = [int(name[4:12]) for name in SnapshotStore(run.data.index_dir).ids()]
+    assert kept == [3, 6]  # keep_last=2
 
 
 def test_overlap_is_that_of_the_two_indexes(tiny_run, tmp_path):
@@ -155,7 +156,7 @@ def test_the_test_searches_an_index_of_the_trained_tower(tiny_run, tiny_world):
     run = tiny_run(optim=BOTH, max_steps=3, data={"test": str(tiny_world.test)}).fit()
     assert run.data.snapshot_step == 0
     (figures,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
-    manifest = run.data.retriever.snapshot.manifest
+    manifest = run.data.dense.snapshot.manifest
     assert manifest.encoder_hash == run.module.model.encoder.passage_hash()
     assert manifest.step == 3
     assert figures["test/index_age_steps"] == 0.0
@@ -196,7 +197,7 @@ def test_a_full_disk_ends_the_run_with_a_checkpoint_and_the_old_index(tiny_run, 
     store = SnapshotStore(tmp_path / "index")
     assert [int(name[4:12]) for name in store.ids()] == [0, 2]
     assert sorted(path.name for path in store.root.iterdir()) == store.ids()  # nothing half built
-    assert run.data.retriever.snapshot_id == store.ids()[-1]
+    assert run.data.dense.snapshot_id == store.ids()[-1]
     assert open_snapshot(store.root / store.ids()[-1]).manifest.step == 2
 
     resumed = tiny_run(**settings).fit(tmp_path / "ckpt" / "last.ckpt")  # there is space again

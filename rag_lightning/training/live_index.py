@@ -1,0 +1,261 @@
+"""Which index snapshot is live, how the next one is made, and how it takes the live one's place."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.errors import ConfigError, StaleIndexError
+from rag_lightning.index.sharded import open_shard
+from rag_lightning.index.snapshot import Snapshot, SnapshotStore, open_snapshot
+from rag_lightning.index.vectors import Storage
+from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.dense import DenseRetriever
+from rag_lightning.retrieval.encode import PassageTokens, encode_passages
+from rag_lightning.retrieval.index_builder import RefreshJob
+from rag_lightning.utils import distributed
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """How a run's index is built, kept, divided and searched.
+
+    Attributes:
+        factory: ``exact`` or a FAISS factory string.
+        storage: How vectors are kept: ``float32``, ``float16`` or ``int8`` (one scale for each row).
+        nprobe: FAISS inverted lists to search.
+        ef_search: FAISS graph search breadth.
+        num_training_vectors: Vectors drawn to train FAISS's clusters and codes; None leaves it to the factory.
+        sharded: Each process holds and searches its part of the vectors alone; all search together.
+        snapshot: Folder of a ready snapshot to start from; by default the index is built at the start.
+        encode_batch_size: Passages at a time while encoding the corpus.
+        recall_at: K of the recall against exact search that is measured of each approximate index.
+    """
+
+    factory: str = "exact"
+    storage: Storage = "float32"
+    nprobe: int | None = None
+    ef_search: int | None = None
+    num_training_vectors: int | None = None
+    sharded: bool = False
+    snapshot: str | None = None
+    encode_batch_size: int = 64
+    recall_at: int = 10
+
+
+class LiveIndex:
+    """The live snapshot of one run and its successors; all processes call the same methods at the same step.
+
+    Args:
+        model: Its passage tower encodes, its metric ranks.
+        corpus: What is searched.
+        tokens: The corpus in the tower's vocabulary; None for a model without one.
+        root: Where this run's snapshots are kept.
+        settings: How they are made.
+        seed: Seeds what FAISS draws.
+        progress: Show a bar while encoding.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: RagModel,
+        corpus: PassageCorpus,
+        tokens: PassageTokens | None,
+        root: Path,
+        settings: IndexSettings,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.corpus = corpus
+        self.root = root
+        self.settings = settings
+        self.retriever: DenseRetriever | None = None
+        self._tokens = tokens
+        self._seed = seed
+        self._progress = progress
+        self._restored: dict[str, Any] = {}
+        self._checkpointed = ""
+
+    @property
+    def step(self) -> int:
+        """The optimiser step at which the live snapshot's encoder stood."""
+        return self.retriever.snapshot.manifest.step if self.retriever is not None else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so where an index is searched."""
+        return next(self.model.parameters()).device
+
+    def store(self) -> SnapshotStore:
+        """Returns the folder of this run's snapshots."""
+        return SnapshotStore(
+            self.root,
+            device=self._search_device(),
+            seed=self._seed,
+            storage=self.settings.storage,
+            **self._faiss_settings(),
+        )
+
+    @property
+    def published_factory(self) -> str:
+        """What a snapshot holds: with shards the vectors alone, as each process builds the index of its own part."""
+        return "exact" if self.settings.sharded else self.settings.factory
+
+    def _faiss_settings(self) -> dict[str, int | None]:
+        names = ("num_training_vectors", "nprobe", "ef_search")
+        return {name: None if self.settings.sharded else getattr(self.settings, name) for name in names}
+
+    def ensure(self, *, step: int, fresh: bool = False) -> None:
+        """Makes a snapshot live if none is: the resumed one, the ready one, or one built now.
+
+        Args:
+            step: Optimiser steps taken.
+            fresh: Build anew unless the live snapshot is of the passage tower as it is now.
+
+        Raises:
+            StaleIndexError: The ready snapshot is of another encoder or corpus.
+        """
+        if self.retriever is None and self._restored:
+            self.go_live(self.open(self._restored["snapshot_id"], encoder_hash=self._restored["encoder_hash"]))
+        elif self.retriever is None and self.settings.snapshot is not None:
+            self.go_live(self._open_ready(self.settings.snapshot))
+        if self.retriever is None or (fresh and self._is_stale(self.retriever.snapshot)):
+            self.go_live(self.build(step))
+
+    def build(self, step: int, *, probe_PD: Float[Tensor, "P D"] | None = None) -> Snapshot:
+        """Encodes the corpus, each process its part, and publishes a snapshot; the live one stays live.
+
+        Args:
+            step: Optimiser steps taken.
+            probe_PD: Question vectors to measure an approximate index's recall with.
+        """
+        encoder = self.model.encoder
+        if encoder is None or self._tokens is None:
+            raise ConfigError("this run has no passage encoder to build an index with")
+        rows = distributed.shard(len(self.corpus), distributed.rank(), distributed.world_size())
+        batch_size = self.settings.encode_batch_size
+        snapshot = self.store().publish_shards(
+            encode_passages(encoder, self._tokens, rows, batch_size=batch_size, progress=self._progress),
+            encoder_hash=encoder.passage_hash(),
+            corpus_hash=self.corpus.hash,
+            pooling=encoder.passage_tower().pooling,
+            factory=self.published_factory,
+            metric=self.model.settings.metric,
+            step=step,
+            recall_queries=probe_PD.float().cpu() if probe_PD is not None else None,
+            recall_at=self.settings.recall_at,
+        )
+        return self._divided(snapshot)
+
+    def open(self, snapshot_id: str, *, encoder_hash: str | None = None, verify: bool = True) -> Snapshot:
+        """Opens one of this run's snapshots; this process's part of it where the index is sharded."""
+        opened = self.store().open(snapshot_id, encoder_hash=encoder_hash, corpus_hash=self.corpus.hash, verify=verify)
+        return self._divided(opened)
+
+    def go_live(self, snapshot: Snapshot) -> None:
+        """Makes a snapshot live; call it between steps.
+
+        Raises:
+            StaleIndexError: It ranks by another metric than the model's; the old one stays live.
+        """
+        if snapshot.manifest.metric != self.model.settings.metric:
+            raise StaleIndexError(
+                f"index snapshot {snapshot.id}: expected metric {self.model.settings.metric!r} as the model's, "
+                f"came {snapshot.manifest.metric!r}. Build the index again."
+            )
+        if self.retriever is None:
+            self.retriever = DenseRetriever(snapshot, self.corpus)
+        else:
+            self.retriever.swap(snapshot)
+
+    def collect(self, keep_last: int) -> list[str]:
+        """Removes old snapshots but the last ones, the live one and that of the last checkpoint; returns their ids."""
+        keep = {self._checkpointed}
+        if self.retriever is not None:
+            keep.add(self.retriever.snapshot_id)
+        return self.store().prune(keep_last, keep)
+
+    def published_at(self, step: int) -> str | None:
+        """Returns the id of a snapshot published for an optimiser step, if there is one."""
+        found = [name for name in self.store().ids() if name.startswith(f"step{step:08d}-")]
+        return found[-1] if found else None
+
+    def job(self, step: int, *, passages: str, cache_dir: Path, device: str) -> RefreshJob:
+        """Returns what another process needs to know to build the snapshot of the tower as it is now."""
+        encoder = self.model.encoder
+        assert encoder is not None
+        parameter = next(encoder.passage_tower().parameters())
+        store = self._faiss_settings()
+        return RefreshJob(
+            passages=passages,
+            corpus_hash=self.corpus.hash,
+            cache_dir=str(cache_dir.absolute()),
+            index_dir=str(self.root.absolute()),
+            step=step,
+            metric=self.model.settings.metric,
+            factory=self.published_factory,
+            storage=self.settings.storage,
+            num_training_vectors=store["num_training_vectors"],
+            nprobe=store["nprobe"],
+            ef_search=store["ef_search"],
+            seed=self._seed,
+            batch_size=self.settings.encode_batch_size,
+            device=device,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            encoder={**encoder.settings(), "shared": True},
+            recall_at=self.settings.recall_at,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns which snapshot is live; it is kept from collection until the next checkpoint."""
+        if self.retriever is None:
+            return {}
+        manifest = self.retriever.snapshot.manifest
+        self._checkpointed = manifest.snapshot_id
+        return {"snapshot_id": manifest.snapshot_id, "encoder_hash": manifest.encoder_hash}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers which snapshot was live, to be opened by :meth:`ensure`."""
+        self._restored = dict(state_dict)
+        self._checkpointed = self._restored.get("snapshot_id", "")
+        self.retriever = None
+
+    def _open_ready(self, path: str) -> Snapshot:
+        encoder = self.model.encoder
+        has_tower = encoder is not None and encoder.passage is not None
+        encoder_hash = encoder.passage_hash() if encoder is not None and has_tower else None
+        device = self._search_device()
+        opened = open_snapshot(path, encoder_hash=encoder_hash, corpus_hash=self.corpus.hash, device=device)
+        return self._divided(opened)
+
+    def _divided(self, snapshot: Snapshot) -> Snapshot:
+        if not self.settings.sharded:
+            return snapshot
+        index = open_shard(
+            snapshot.vectors_ND,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            factory=self.settings.factory,
+            metric=snapshot.manifest.metric,
+            device=self._search_device(),
+            num_training_vectors=self.settings.num_training_vectors,
+            nprobe=self.settings.nprobe,
+            ef_search=self.settings.ef_search,
+            seed=self._seed,
+        )
+        return replace(snapshot, index=index)
+
+    def _search_device(self) -> torch.device | None:
+        return self.device if self.device.type != "cpu" else None
+
+    def _is_stale(self, snapshot: Snapshot) -> bool:
+        encoder = self.model.encoder
+        if encoder is None or encoder.passage is None:
+            return False
+        return snapshot.manifest.encoder_hash != encoder.passage_hash()
