@@ -8,10 +8,11 @@ COMMANDS = {
     "train": "fit on your data, then test; -m sweeps",
     "evaluate": "metrics and predictions of a finished run on a question file",
     "predict": "answer questions, with passages and their probabilities",
-    "index": "build, verify or describe an index snapshot",
+    "index": "plan, build, verify, describe or benchmark an index snapshot",
+    "mine": "hard negatives for a question file",
     "report": "one table of several runs",
 }
-INDEX_ACTIONS = ("build", "verify", "info")
+INDEX_ACTIONS = ("plan", "build", "verify", "info", "benchmark")
 
 
 def main() -> None:

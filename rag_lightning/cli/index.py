@@ -23,10 +23,12 @@ from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.corpora.questions import read_questions
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
+from rag_lightning.index.base import as_metric
 from rag_lightning.index.generated import GeneratedVectors
 from rag_lightning.index.manifest import Snapshot, open_snapshot
 from rag_lightning.index.plan import gigabytes
-from rag_lightning.index.quality import measure_quality, noisy_rows
+from rag_lightning.index.quality import measure_quality, noisy_rows, recall_of_originals
+from rag_lightning.index.vectors import DTYPES
 from rag_lightning.retrieval.encode import PassageTokens, encode_questions, encoding_seconds
 from rag_lightning.training.encode_corpus import IndexSettings, encode_corpus
 from rag_lightning.utils.io import write_json
@@ -171,12 +173,18 @@ def _verify(config: DictConfig) -> None:
     queries_PD, of_what = _queries(config, snapshot, encoder)
     num_passages = min(config.recall_at, snapshot.manifest.num_vectors)
     quality = measure_quality(snapshot.index, snapshot.vectors_ND, queries_PD, num_passages=num_passages)
-    _write_figures(
-        config, {**asdict(quality), "queries_per_s": quality.queries_per_s, "peak_memory_bytes": peak_memory()}
-    )
+    figures = {**asdict(quality), "queries_per_s": quality.queries_per_s, "peak_memory_bytes": peak_memory()}
+    of_originals = ""
+    if config.vectors is not None:
+        blocks = GeneratedVectors.parse(config.vectors, seed=config.seed).blocks()
+        recall = recall_of_originals(snapshot.index, blocks, queries_PD, num_passages=num_passages)
+        figures["recall_of_originals"] = recall
+        of_originals = f" ({recall:.4f} against the vectors before they were stored)"
+    _write_figures(config, figures)
     _say(
-        f"recall@{num_passages} against exact search: {quality.recall:.4f} on {quality.num_queries} {of_what}; "
-        f"{quality.ms_per_batch:.1f} ms for {quality.batch_size} queries (exact: {quality.exact_ms_per_batch:.1f} ms)"
+        f"recall@{num_passages} against exact search: {quality.recall:.4f} on {quality.num_queries} {of_what}"
+        f"{of_originals}; {quality.ms_per_batch:.1f} ms for {quality.batch_size} queries "
+        f"(exact: {quality.exact_ms_per_batch:.1f} ms)"
     )
 
 
@@ -214,9 +222,11 @@ def _encoder(config: DictConfig) -> BiEncoder:
 
 
 def _settings(config: DictConfig) -> IndexSettings:
+    if config.index.storage not in DTYPES:
+        raise ConfigError(f"storage: expected one of {', '.join(DTYPES)}; came {config.index.storage!r}.")
     return IndexSettings(
         factory=config.index.factory,
-        metric=config.metric,
+        metric=as_metric(config.metric),
         storage=config.index.storage,
         num_training_vectors=config.index.num_training_vectors,
         nprobe=config.index.nprobe,

@@ -30,7 +30,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
         f"{row['verify']['peak_memory_bytes'] / 1e9:.2f} ({row['plan']['ram_bytes'] / 1e9:.2f})"
     ),
     "queries/s": lambda row: f"{row['verify']['queries_per_s']:.0f}",
-    "recall": lambda row: f"{row['verify']['recall']:.4f}",
+    "recall": lambda row: f"{row['verify']['recall_of_originals']:.4f}",
 }
 
 

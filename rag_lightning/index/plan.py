@@ -119,7 +119,8 @@ def plan_index(
         )
     vectors_bytes = num_vectors * vector_bytes(dimension, storage)
     block_bytes = 4 * dimension * block_rows(dimension)
-    shard_bytes = min(num_vectors, shard_rows) * vector_bytes(dimension, storage)
+    # the first shard becomes the file, every other is copied to its end before it is removed
+    shard_bytes = shard_rows * vector_bytes(dimension, storage) if num_vectors > shard_rows else 0
     scores_bytes = 4 * SEARCH_BATCH * block_rows(dimension)
     exact = factory == "exact"
     size = None if exact else index_size(factory, dimension)

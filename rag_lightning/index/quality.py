@@ -1,15 +1,16 @@
 """How much of exact search an index gives up for its speed, measured on a sample of queries."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rag_lightning.errors import ConfigError, DataError
-from rag_lightning.index.base import Index
+from rag_lightning.index.base import Index, best_first
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.vectors import Vectors, as_stored
 
@@ -91,8 +92,7 @@ def measure_quality(
         queries_BD = queries[first : first + batch_size]
         ids_BK, seconds = _timed_search(index, queries_BD, num_passages)
         exact_ids_BK, exact_seconds = _timed_search(exact, queries_BD, num_passages)
-        found_BK = (exact_ids_BK.unsqueeze(2) == ids_BK.unsqueeze(1)).any(dim=2)
-        shares.append(found_BK.double().mean(dim=1))
+        shares.append(_share_found(exact_ids_BK, ids_BK))
         times.append(seconds)
         exact_times.append(exact_seconds)
     return IndexQuality(
@@ -103,6 +103,39 @@ def measure_quality(
         ms_per_batch=_typical_ms(times, len(queries), batch_size),
         exact_ms_per_batch=_typical_ms(exact_times, len(queries), batch_size),
     )
+
+
+@torch.no_grad()
+def recall_of_originals(
+    index: Index, blocks: Iterable[Float[Tensor, "M D"]], queries: Float[Tensor, "P D"], *, num_passages: int
+) -> float:
+    """Returns the mean share of the top K among the vectors as they were before they were stored.
+
+    So what a storage of float16 or int8 loses counts too. The rows are ranked by inner product, which for vectors of
+    length 1 is the order of every metric; they are streamed, and never stand in memory together.
+
+    Args:
+        index: What to judge.
+        blocks: The original rows in order, of length 1.
+        queries: What to search for.
+        num_passages: K.
+    """
+    scores_PK = queries.new_empty(len(queries), 0)
+    ids_PK = torch.empty_like(scores_PK, dtype=torch.int64)
+    start = 0
+    for block_MD in blocks:
+        block_PK, columns_PK = (queries @ block_MD.T).topk(min(num_passages, len(block_MD)), dim=1)
+        scores_PK, ids_PK = best_first(
+            torch.cat([scores_PK, block_PK], dim=1), torch.cat([ids_PK, columns_PK + start], dim=1), num_passages
+        )
+        start += len(block_MD)
+    found = [
+        _share_found(
+            ids_PK[first : first + BATCH_SIZE], index.search(queries[first : first + BATCH_SIZE], num_passages)[1]
+        )
+        for first in range(0, len(queries), BATCH_SIZE)
+    ]
+    return float(torch.cat(found).mean())
 
 
 def noisy_rows(vectors: Vectors, num_queries: int, *, noise: float = 0.1, seed: int = 0) -> Float[Tensor, "P D"]:
@@ -129,6 +162,11 @@ def noisy_rows(vectors: Vectors, num_queries: int, *, noise: float = 0.1, seed: 
     directions_PD /= np.linalg.norm(directions_PD, axis=1, keepdims=True)
     lengths_P1 = np.linalg.norm(rows_PD, axis=1, keepdims=True)
     return torch.from_numpy(rows_PD + noise * lengths_P1 * directions_PD)
+
+
+def _share_found(best_BK: Int[Tensor, "B K"], found_BK: Int[Tensor, "B K"]) -> Float[Tensor, "B"]:
+    share_B: Tensor = (best_BK.unsqueeze(2) == found_BK.unsqueeze(1)).any(dim=2).double().mean(dim=1)
+    return share_B
 
 
 def _timed_search(index: Index, queries_BD: Float[Tensor, "B D"], num_passages: int) -> tuple[Tensor, float]:

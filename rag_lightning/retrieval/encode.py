@@ -20,6 +20,7 @@ from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.distributed import rank
 
 BATCHES_PER_BLOCK = 32
+TokenIds = Sequence[int] | NDArray[np.integer]
 
 
 class PassageTokens:
@@ -43,33 +44,41 @@ class PassageTokens:
     def __len__(self) -> int:
         return len(self.corpus)
 
+    def token_ids(self, rows_N: NDArray[np.int64]) -> list[TokenIds]:
+        """Returns the ids of some rows, without special tokens; none for row ``-1``."""
+        if self.store is not None:
+            return list(self.store.gather(rows_N))
+        known = iter(self._tokenise([self.corpus[int(row)] for row in rows_N if row >= 0]))
+        return [next(known) if row >= 0 else [] for row in rows_N]
+
     def batch(self, rows_N: NDArray[np.int64]) -> TokenBatch:
         """Returns the passages of some rows, special tokens included; row ``-1`` gives the special tokens alone."""
-        if self.store is not None:
-            tokens: Sequence[Sequence[int] | NDArray[np.integer]] = self.store.gather(np.maximum(rows_N, 0))
-        else:
-            tokens = self._tokenise([self.corpus[max(int(row), 0)] for row in rows_N])
-        return self._padded([ids if row >= 0 else [] for row, ids in zip(rows_N, tokens, strict=True)])
+        return self.padded(self.token_ids(rows_N))
 
     def batch_of(self, passages: Sequence[Passage]) -> TokenBatch:
         """Returns passages that need not be in the corpus (a cloze passage without its sentence)."""
-        return self._padded(self._tokenise(passages))
+        return self.padded(self._tokenise(passages))
 
-    def lengths(self, rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns how long each passage is, roughly (in characters without a store): enough to sort by."""
-        if self.store is not None:
-            return np.asarray([len(ids) for ids in self.store.gather(rows_N)])
-        return np.asarray([len(self.corpus[int(row)].text) for row in rows_N])
+    def padded(self, tokens: Sequence[TokenIds]) -> TokenBatch:
+        """Returns ids with the special tokens around each row and padding behind it, and their mask."""
+        before, after = len(self.prefix_ids), len(self.suffix_ids)
+        lengths_N = np.asarray([len(ids) for ids in tokens]) + before + after
+        width = max(1, int(lengths_N.max()))
+        ids_NL = np.full((len(tokens), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        ids_NL[:, :before] = self.prefix_ids
+        for row, ids in enumerate(tokens):
+            ids_NL[row, before : before + len(ids)] = ids
+        for place, suffix in enumerate(self.suffix_ids):
+            ids_NL[np.arange(len(tokens)), lengths_N - after + place] = suffix
+        mask_NL = (np.arange(width) < lengths_N[:, None]).astype(np.int64)
+        return TokenBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL))
 
     def _tokenise(self, passages: Sequence[Passage]) -> list[list[int]]:
+        if not passages:
+            return []
         texts = [self.encoder.passage_text(passage) for passage in passages]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [ids[: self.encoder.max_passage_tokens] for ids in encoded]
-
-    def _padded(self, tokens: Sequence[Sequence[int] | NDArray[np.integer]]) -> TokenBatch:
-        ends = (np.asarray(self.prefix_ids, dtype=np.int64), np.asarray(self.suffix_ids, dtype=np.int64))
-        rows = [np.concatenate([ends[0], np.asarray(ids, dtype=np.int64), ends[1]]) for ids in tokens]
-        return pad_sequences(rows, self.tokenizer.pad_token_id)
 
 
 def encode_passages(
@@ -119,11 +128,11 @@ def encode_block(encoder: BiEncoder, tokens: PassageTokens, rows: range, *, batc
         rows: Which passages.
         batch_size: Passages at a time.
     """
-    rows_M = np.arange(rows.start, rows.stop)
     tower = encoder.passage_tower()
-    batches = _batches_by_length(tokens, rows_M, batch_size)
-    encoded = [_encode(tower, tokens.batch(rows_M[chosen])) for chosen in batches]
-    vectors_MD = torch.empty(len(rows_M), encoder.dimension)
+    block = tokens.token_ids(np.arange(rows.start, rows.stop))
+    batches = _batches_by_length(block, batch_size)
+    encoded = [_encode(tower, tokens.padded([block[place] for place in places])) for places in batches]
+    vectors_MD = torch.empty(len(block), encoder.dimension)
     vectors_MD[torch.from_numpy(np.concatenate(batches))] = torch.cat(encoded).cpu()
     return vectors_MD
 
@@ -166,24 +175,24 @@ def encoding_seconds(
     """
     tower = encoder.passage_tower()
     was_training = tower.training
-    block = min(len(tokens), batch_size * BATCHES_PER_BLOCK)
-    rows_M = np.random.default_rng(seed).choice(len(tokens), block, replace=False)
-    batches = _batches_by_length(tokens, rows_M, batch_size)
-    chosen = batches[:: -(-len(batches) // num_batches)]
+    num_rows = min(len(tokens), batch_size * BATCHES_PER_BLOCK)
+    block = tokens.token_ids(np.random.default_rng(seed).choice(len(tokens), num_rows, replace=False))
+    batches = _batches_by_length(block, batch_size)
+    chosen = [[block[place] for place in places] for places in batches[:: -(-len(batches) // num_batches)]]
     tower.eval()
     try:
-        _encode(tower, tokens.batch(rows_M[chosen[-1]])).cpu()
+        _encode(tower, tokens.padded(chosen[-1])).cpu()
         start = time.perf_counter()
-        torch.cat([_encode(tower, tokens.batch(rows_M[batch])) for batch in chosen]).cpu()
+        torch.cat([_encode(tower, tokens.padded(batch)) for batch in chosen]).cpu()
         seconds = time.perf_counter() - start
     finally:
         tower.train(was_training)
     return seconds * len(tokens) / sum(map(len, chosen))
 
 
-def _batches_by_length(tokens: PassageTokens, rows_M: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Returns places in ``rows_M``, the longest passages first."""
-    order_M = np.argsort(-tokens.lengths(rows_M), kind="stable")
+def _batches_by_length(block: Sequence[TokenIds], batch_size: int) -> list[NDArray[np.int64]]:
+    """Returns places in a block, the longest passages first."""
+    order_M = np.argsort([-len(ids) for ids in block], kind="stable")
     return [order_M[first : first + batch_size] for first in range(0, len(order_M), batch_size)]
 
 

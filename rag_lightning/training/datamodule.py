@@ -263,11 +263,13 @@ class RagDataModule(L.LightningDataModule):
         Raises:
             ConfigError: Fewer questions in a batch than the processes, or the objective, need.
         """
-        contrasts = self._train_kind in ("gold_passages", "inverse_cloze")
-        if contrasts and self.batch_size < 2 * distributed.world_size():
+        contrasts = self._train_kind in ("gold_passages", "inverse_cloze") and self._num_negatives == 0
+        needed = 2 if self._cross_process else 2 * distributed.world_size()
+        if contrasts and self.batch_size < needed:
             raise ConfigError(
-                f"data.batch_size: expected at least 2 examples for each of {distributed.world_size()} processes, "
-                f"since a contrastive objective takes the others of a batch as negatives, got {self.batch_size}"
+                f"data.batch_size: expected at least {needed} examples over all processes, since a contrastive "
+                f"objective takes the others of {'the batch' if self._cross_process else 'its process'} as negatives, "
+                f"got {self.batch_size}"
             )
         return self._loader(self._examples("train", self._train_kind), self.batch_size, shuffle=True)
 
@@ -300,7 +302,13 @@ class RagDataModule(L.LightningDataModule):
             )
         sampled = self.sample_answers and split == "train"
         with_passage = kind == "gold_passages"
-        return QuestionExamples(questions, self._corpus, sample_answers=sampled, with_passage=with_passage)
+        return QuestionExamples(
+            questions,
+            self._corpus,
+            sample_answers=sampled,
+            with_passage=with_passage,
+            num_negatives=self._num_negatives if split == "train" else 0,
+        )
 
     def _rows_to_practise_on(self) -> list[int]:
         """Returns the passages that warm-up may read: none that a validation or test question is about.

@@ -130,9 +130,6 @@ class CorpusEncoder(L.LightningModule):
         batch_size: Passages at a time.
     """
 
-    # a process for which no shard is left has nothing to do, which is no error
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         *,
@@ -144,6 +141,8 @@ class CorpusEncoder(L.LightningModule):
         batch_size: int,
     ) -> None:
         super().__init__()
+        # a process for which no shard is left has nothing to do, which is no error
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encoder = encoder
         self.path = Path()
         self._corpus, self._open_store, self._begin = corpus, open_store, begin

@@ -1,5 +1,6 @@
 """Which index snapshot is live, how the next one is made, and how it takes the live one's place."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.retrieval.encode import PassageTokens, encode_passages
 from rag_lightning.retrieval.index_builder import RefreshJob
 from rag_lightning.utils import distributed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +123,20 @@ class LiveIndex:
 
         Raises:
             StaleIndexError: The ready snapshot is of another encoder or corpus.
+            MissingFileError: The resumed run's snapshots are not there at all.
         """
-        if self.retriever is None and self._restored:
+        kept = self.store().ids()
+        if self.retriever is None and self._restored and (not kept or self._restored["snapshot_id"] in kept):
             self.go_live(self.open(self._restored["snapshot_id"], encoder_hash=self._restored["encoder_hash"]))
-        elif self.retriever is None and self.settings.snapshot is not None:
+        elif self.retriever is None and not self._restored and self.settings.snapshot is not None:
             self.go_live(self._open_ready(self.settings.snapshot))
+        if self.retriever is None and self._restored and not fresh:
+            logger.warning(
+                "%s: the checkpoint's index snapshot %s is no longer there (only the last ones are kept); a fresh one is "
+                "built, so training goes on with a fresher index than it had. reindex.keep_last keeps more.",
+                self.root,
+                self._restored["snapshot_id"],
+            )
         if self.retriever is None or (fresh and self._is_stale(self.retriever.snapshot)):
             self.go_live(self.build(step))
 

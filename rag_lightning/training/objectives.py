@@ -102,7 +102,7 @@ class MarginalObjective:
     reads: Reads = "retrieved"
     examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
-    trains: tuple[str, ...] = ("query_encoder", "passage_encoder", "generator")
+    trains: tuple[str, ...] = ("query_encoder", "passage_encoder", "generator", "fusion")
     num_negatives: int = 0
     cross_process: bool = False
 
@@ -114,7 +114,7 @@ class MarginalObjective:
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns ``-log p(y | x)`` of each question, with gradient to every trained part."""
-        if sources.retriever is None or batch.query is None:
+        if sources.retriever is None:
             raise ConfigError(f"objective {self.kind}: expected a retriever, came none")
         texts = [question.question for question in batch.questions]
         hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever, reencode=sources.reencode)

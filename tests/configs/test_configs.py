@@ -45,7 +45,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 57
+NUM_FILES = 68
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -68,6 +68,11 @@ EXTRAS = {
     "index/faiss_flat": "faiss",
     "index/faiss_hnsw": "faiss",
     "index/faiss_ivf": "faiss",
+    "mine": "bm25s",
+    "retriever/hybrid_convex": "bm25s",
+    "retriever/hybrid_gate": "bm25s",
+    "retriever/hybrid_rrf": "bm25s",
+    "retriever/sparse": "bm25s",
     "logger/wandb": "wandb",
     "logger/tensorboard": "tensorboard",
 }
@@ -220,7 +225,22 @@ def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     assert OmegaConf.to_container(config, resolve=True) == {"runs": "outputs/x", "order": ["b", "a"]}
 
 
+def check_mine(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    config = compose("mine", "passages=P", "questions=Q", "output=F.jsonl", f"paths.run_dir={tmp_path}")
+    assert (config.miner, config.num_negatives, config.snapshot) == ("sparse", 10, None)
+
+
+def check_retriever(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    config = compose("train", *tiny_overrides("retriever", name))
+    module, data, _ = built(config)
+    settings = {key: value for key, value in config.retriever.items() if key != "_target_"}
+    assert {key: getattr(data.retriever_settings, key) for key in settings} == settings
+    assert (module.model.encoder is None) == (name == "sparse")
+    assert (module.model.fusion is None) == (not name.startswith("hybrid"))
+
+
 PRIMARY = {
+    "mine.yaml": check_mine,
     "train.yaml": check_train,
     "evaluate.yaml": check_evaluate,
     "index.yaml": check_index,
@@ -261,7 +281,8 @@ def check_data(name: str, compose: Compose, tiny_overrides: Any) -> None:
 def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None:
     config = compose("train", *tiny_overrides("index", name))
     _, data, _ = built(config)
-    assert data.factory == config.index.factory
+    settings = {key: value for key, value in config.index.items()}
+    assert {key: getattr(data.index_settings, key) for key in settings} == settings  # each reaches the constructor
     vectors_ND = torch.randn(2600, 8, generator=torch.Generator().manual_seed(0))
     settings = {"nprobe": config.index.nprobe, "ef_search": config.index.ef_search}
     index = build_index(vectors_ND, factory=config.index.factory, **settings)
@@ -338,6 +359,7 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
     "index": check_index_choice,
     "optim": check_optim,
     "paths": check_paths,
+    "retriever": check_retriever,
     "sweep": check_sweep,
     "trainer": check_trainer,
 }

@@ -41,6 +41,17 @@ class Slow(L.Callback):
         trainer.should_stop = len(seen) >= self.refreshes or time.monotonic() > self.until
 
 
+class CtrlC(L.Callback):
+    """Presses Ctrl-C during a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def whole(root: Path) -> list[int]:
     """The steps of the published snapshots, each opened and verified."""
     return [open_snapshot(root / name).manifest.step for name in SnapshotStore(root).ids()]
@@ -64,12 +75,28 @@ def test_a_lag_is_kept_exactly_and_resumed(tiny_run, tmp_path):
     assert steps == [0] * 6 + [4] * 4 + [8] * 4  # begun at 4, 8 and 12; live at the end of 7, 11 and 15
     assert run.recorder.ages == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3, 4, 5]
 
-    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    tiny_run(max_steps=9, index_dir=tmp_path / "b", callbacks=[keep], **settings).fit()
     for step in (5, 9):  # under way since 4; since 8
-        resumed = tiny_run(max_steps=14, index_dir=tmp_path / "b", **settings).fit(tmp_path / f"ckpt/step={step}.ckpt")
+        place = {"index_dir": tmp_path / f"stopped-{step}", "max_steps": 14}
+        last = ModelCheckpoint(dirpath=tmp_path / f"ckpt-{step}", save_last=True, save_on_exception=True)
+        with pytest.raises(SystemExit):
+            tiny_run(callbacks=[CtrlC(step), last], **place, **settings).fit()
+        resumed = tiny_run(**place, **settings).fit(tmp_path / f"ckpt-{step}" / "last.ckpt")
         assert resumed.recorder.losses == run.recorder.losses[step:]
         assert resumed.recorder.snapshots == run.recorder.snapshots[step:]
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [6, 8]), (3, [4, 6, 8])])  # 6 is the last checkpoint's
+def test_old_snapshots_are_collected_and_an_old_checkpoint_gets_a_fresh_one(
+    keep_last, kept, tiny_run, tmp_path, caplog
+):
+    settings = {"schedule": 2, "optim": BOTH, "index_dir": tmp_path / "index", "max_steps": 9}
+    settings["reindex"] = {"keep_last": keep_last}
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    tiny_run(callbacks=[keep], **settings).fit()
+    assert whole(tmp_path / "index") == kept
+    resumed = tiny_run(**settings).fit(tmp_path / "ckpt" / "step=3.ckpt")
+    assert "the checkpoint's index snapshot step00000002-" in caplog.text
+    assert [int(name[4:12]) for name in resumed.recorder.snapshots] == [4, 4, 6, 6, 8, 8]
 
 
 def test_training_goes_on_and_takes_the_snapshot_when_it_is_there(tiny_run, caplog):
@@ -242,6 +269,7 @@ def test_killed_at_twenty_random_points_it_loses_nothing(ready_job):
     assert unfinished >= 5  # it was not always too late
     process.stdin.close()
     process.wait(timeout=30)
+    process.stdout.close()
 
 
 def test_a_builder_ends_with_its_trainer(ready_job, tmp_path):

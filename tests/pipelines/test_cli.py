@@ -259,7 +259,7 @@ def test_index_verify_names_what_it_verified(
 
 def test_evaluate_searches_a_snapshot_that_is_named(snapshot: Path, run_dir: Path, cli: Cli, tmp_path: Path) -> None:
     place = f"checkpoint={run_dir / 'checkpoints' / 'last.ckpt'}"
-    cli("evaluate", tmp_path, place, f"data.snapshot={snapshot}", "trainer.enable_progress_bar=false")
+    cli("evaluate", tmp_path, place, f"index.snapshot={snapshot}", "trainer.enable_progress_bar=false")
     assert measures(tmp_path) == pytest.approx(measures(run_dir), rel=1e-4)
     assert not (tmp_path / "index").exists(), "no index is built where one is given"
 
@@ -381,13 +381,13 @@ def test_a_torn_snapshot_is_refused(snapshot: Path, cli: Cli, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [
-        ("index", ["action=dance"], "expected action=build, verify or info, got 'dance'"),
+        ("index", ["action=dance"], "expected action=plan, build, verify, info, benchmark; got 'dance'"),
         ("index", ["build"], "index action=build: expected passages=FILE, came none"),
         ("index", ["verify"], "index action=verify: expected snapshot=FOLDER, came none"),
         ("predict", ["checkpoint=x"], "one of them"),
         ("predict", ["checkpoint=x", "question=a", "questions=b"], "one of them"),
         ("report", ["runs=/nowhere/at/all"], "runs: no such file: /nowhere/at/all"),
-        ("dance", [], "expected one of train, evaluate, predict, index, report, got 'dance'"),
+        ("dance", [], "expected one of train, evaluate, predict, index, mine, report, got 'dance'"),
     ],
 )
 def test_a_bad_command_is_explained(

@@ -211,3 +211,78 @@ def test_fsdp_composes_and_needs_a_gpu(settings, tmp_path):
     assert isinstance(strategy, FSDPStrategy)
     with pytest.raises(InstantiationException, match="`fsdp` requires a GPU accelerator, but received .*cpu"):
         build_trainer(config, None)
+
+
+# ---------------------------------------------------------------------- retrieval across processes
+
+SPY = '''
+import lightning as L
+from pathlib import Path
+
+
+class Spy(L.Callback):
+    """Writes which snapshot each process searches after each step."""
+
+    def __init__(self, *, folder: str, seconds: float = 0.0) -> None:
+        self.folder = Path(folder)
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        import time
+
+        time.sleep(self.seconds * (1 + trainer.global_rank))  # processes that are never at the same place
+        data = trainer.datamodule
+        with (self.folder / f"rank-{trainer.global_rank}").open("a") as stream:
+            stream.write(f"{trainer.global_step} {data.dense.snapshot_id} {data.dense.snapshot.index.num_vectors}\\n")
+'''
+
+
+@pytest.fixture
+def spied(tmp_path, monkeypatch):
+    (tmp_path / "spy_callback.py").write_text(SPY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    def settings(folder: Path, seconds: float = 0.0) -> list[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [
+            "+callbacks.spy._target_=spy_callback.Spy",
+            f"+callbacks.spy.folder={folder}",
+            f"+callbacks.spy.seconds={seconds}",
+        ]
+
+    return settings
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_an_asynchronous_refresh_of_two_processes_is_that_of_one(lag, settings, tmp_path):
+    beside = [*settings, *JOINT, "reindex=async", "reindex.schedule=3", f"reindex.lag_steps={lag}"]
+    for name, processes in (("one", 1), ("two", 2)):
+        result = train(tmp_path / name, *beside, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_all_processes_take_a_snapshot_live_at_the_same_step(settings, spied, tmp_path):
+    """The builder is ready at some moment; a process that sees it first does not go ahead."""
+    beside = [*settings, *JOINT, "reindex=async", "reindex.schedule=10", "data.validation=null", "data.test=null"]
+    overrides = [*beside, *spied(tmp_path / "seen", 0.05), "trainer.max_steps=150"]
+    result = train(tmp_path / "run", *overrides, processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = ((tmp_path / "seen" / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    assert len(first) == 150
+    live = [int(line.split()[1][4:12]) for line in first]
+    assert len(set(live)) >= 2, "no refresh was finished"
+    swaps = [step for step, (old, new) in enumerate(zip(live, live[1:], strict=False), start=2) if old != new]
+    assert all(step > live[step - 1] for step in swaps)  # some lag, since no step waited
+
+
+@pytest.mark.parametrize("factory", ["exact", "Flat"])
+def test_a_divided_index_trains_like_a_whole_one(factory, settings, tmp_path):
+    if factory != "exact":
+        pytest.importorskip("faiss")
+    divided = [*settings, *JOINT, f"index.factory={factory}", "index.sharded=true"]
+    for name, processes in (("one", 1), ("two", 2)):
+        result = train(tmp_path / name, *divided, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "two")

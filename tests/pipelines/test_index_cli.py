@@ -80,7 +80,7 @@ def test_a_killed_build_goes_on_with_the_missing_shards(
             time.sleep(0.002)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        process.communicate(timeout=30)
     (building,) = output.iterdir()
     whole = len([path for path in building.glob("shard-?????") if path.suffix == ""])
     assert 20 <= whole < 125
@@ -124,7 +124,7 @@ def test_build_measures_recall_with_questions(
     printed = capsys.readouterr().out
     snapshot = only_snapshot(tmp_path / "index")
     recall = read_json(snapshot / "manifest.json")["recall"]["recall@5"]
-    assert 0.3 < recall < 1
+    assert 0.1 < recall < 1
     assert f"recall@5 {recall:.3f}" in printed
     figures = read_json(tmp_path / "built.json")
     assert figures["recall@5"] == recall
@@ -167,9 +167,7 @@ def test_verify_with_questions_of_another_encoder_is_refused(cli: Cli, uninterru
 # ---------------------------------------------------------------------- generated vectors, plan, benchmark
 
 
-def test_generated_vectors_are_built_and_searched(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generated_vectors_are_built_and_searched(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("faiss")
     vectors = "vectors=generated:3000x16"
     cli("index", tmp_path, "build", vectors, "index.factory=HNSW16", "seed=3", f"output={tmp_path / 'index'}")
@@ -185,9 +183,9 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(cli: Cli, films: 
     output = f"output={tmp_path / 'index'}"
     small = ["limits.ram_bytes=2000000000", "limits.disk_bytes=4000000"]
     message = refusal(cli, tmp_path, "build", *films, output, *small)
-    assert message.startswith("error: index 'exact' with storage 'float32' over 4000 x 288 vectors needs disk 9.2 MB ")
+    assert message.startswith("error: index 'exact' with storage 'float32' over 4000 x 288 vectors needs disk 4.6 MB ")
     assert "(there are 4.0 MB)" in message
-    assert "These fit: index.storage=int8 index.factory=exact" in message
+    assert "These fit: index.storage=float16 index.factory=exact (memory 0.7 GB, disk 2.3 MB)" in message
     assert not (tmp_path / "index").exists()
     cli("index", tmp_path, "build", *films, output, *small, "limits.check=false")
     assert only_snapshot(tmp_path / "index").name.startswith("step00000000")
@@ -205,7 +203,7 @@ def test_plan_prints_every_cost(cli: Cli, films: list[str], tmp_path: Path, caps
     for line in (
         r"disk    4.6 MB \(vectors 4.6 MB\), [\d.]+ MB while building",
         r"memory  [\d.]+ GB to build, [\d.]+ GB to search, and 4.6 MB free for the file cache",
-        r"GPU     [\d.]+ GB to search there, about [\d.]+ [GM]B to encode there",
+        r"GPU     [\d.]+ MB to search there, about [\d.]+ MB to encode there",
         r"encode  [\d.]+ s",
         r"build   [\d.]+ s",
     ):
@@ -246,7 +244,8 @@ def test_the_benchmark_plans_and_measures_each_row(
     printed = capsys.readouterr().out.strip().splitlines()
     assert printed == markdown(table["rows"]).splitlines()
     assert printed[2].startswith("| IVF16,SQ8, int8 |")
-    assert f"| {verify['recall']:.4f} |" in printed[2]
+    assert f"| {verify['recall_of_originals']:.4f} |" in printed[2]
+    assert 0 < abs(verify["recall_of_originals"] - verify["recall"]) < 0.1, "int8 is not what it was made from"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
 
 

@@ -11,7 +11,7 @@ def all_rows(vectors: GeneratedVectors, rows: range | None = None) -> torch.Tens
     return torch.cat(list(vectors.blocks(rows)))
 
 
-@pytest.mark.parametrize("rows", [range(0, 55), range(7, 8), range(9, 31), range(20, 40), range(50, 55)])
+@pytest.mark.parametrize("rows", [range(55), range(7, 8), range(9, 31), range(20, 40), range(50, 55)])
 def test_a_row_is_the_same_in_whatever_part_it_is_asked_for(rows, monkeypatch):
     monkeypatch.setattr(generated, "BLOCK_ROWS", 10)
     vectors = GeneratedVectors(num_vectors=55, dimension=6, num_clusters=4, seed=1)

@@ -7,7 +7,14 @@ import torch
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.index.build import build_index
 from rag_lightning.index.exact import ExactIndex
-from rag_lightning.index.quality import IndexQuality, measure_quality, noisy_rows, recall_against_exact
+from rag_lightning.index.quality import (
+    IndexQuality,
+    measure_quality,
+    noisy_rows,
+    recall_against_exact,
+    recall_of_originals,
+)
+from rag_lightning.index.vector_files import encoded
 
 METRICS = ("inner_product", "l2", "cosine")
 
@@ -68,6 +75,24 @@ def test_recall_is_the_share_that_a_naive_search_finds_too(metric):
 def test_exact_search_has_recall_one(metric):
     vectors, queries = rows(200), torch.from_numpy(rows(10, seed=1))
     assert recall_against_exact(ExactIndex(vectors, metric=metric), vectors, queries, num_passages=7) == 1.0
+
+
+def test_what_a_storage_loses_counts_against_the_originals():
+    unit = rows(1000, 24)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    queries = rows(70, 24, seed=1)
+    stored = encoded(torch.from_numpy(unit), "int8")
+    index = ExactIndex(stored)
+    assert recall_against_exact(index, stored, torch.from_numpy(queries), num_passages=10) == 1.0
+    expected = []
+    for query in queries:
+        found = index.search(torch.from_numpy(query[None]), 10)[1][0].tolist()
+        expected.append(len(naive_top(unit, query, "inner_product", 10) & set(found)) / 10)
+    blocks = torch.from_numpy(unit).split([7, 300, 693])
+    found = recall_of_originals(index, blocks, torch.from_numpy(queries), num_passages=10)
+    assert found == pytest.approx(np.mean(expected), abs=1e-12)
+    assert 0.9 < found < 1
+    assert recall_of_originals(ExactIndex(unit), blocks, torch.from_numpy(queries), num_passages=10) == 1.0
 
 
 def test_a_bad_index_shows():

@@ -1,5 +1,6 @@
 """RagDataModule: every bad input is refused before anything trains, and one snapshot is live at a time."""
 
+import json
 import logging
 import os
 
@@ -103,6 +104,37 @@ def test_a_retriever_can_practise_on_spans_of_passages(tiny_run):
 def test_nothing_to_contrast_with_is_refused(objective, tiny_run):
     with pytest.raises(ConfigError, match="data.batch_size: expected at least 2 examples .*negatives, got 1"):
         tiny_run(objective=objective, data={"batch_size": 1}, optim={"train_passage_encoder": True}).fit()
+
+
+@pytest.mark.parametrize(("batch_size", "refused"), [(3, True), (4, False)])
+def test_processes_that_share_no_negatives_need_two_questions_each(batch_size, refused, tiny_run, monkeypatch):
+    settings = {"data": {"batch_size": batch_size}, "optim": {"train_passage_encoder": True}}
+    together = prepared(tiny_run(objective=Contrastive(), **settings))
+    apart = prepared(tiny_run(objective=Contrastive(cross_process=False), **settings))
+    together.trainer = apart.trainer = None
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert together.train_dataloader().world_size == 2  # two questions in all are enough
+    if refused:
+        with pytest.raises(ConfigError, match="at least 4 examples over all .*of its process as negatives, got 3"):
+            apart.train_dataloader()
+    else:
+        assert apart.train_dataloader().world_size == 2
+
+
+def test_hard_negatives_come_with_training_batches_only(tiny_run, tiny_world, json_lines, tmp_path):
+    rows = [
+        json.loads(line) | {"negative_passage_ids": ["film-20"]} for line in tiny_world.train.read_text().splitlines()
+    ]
+    path = str(json_lines(tmp_path / "mined.jsonl", rows))
+    objective = Contrastive(hard_negatives=2)
+    data = prepared(
+        tiny_run(objective=objective, data={"train": path, "validation": path}, optim={"train_passage_encoder": True})
+    )
+    data.trainer = None
+    batch = next(iter(data.train_dataloader()))
+    assert batch.negative_ids_BM.shape == (4, 2)
+    assert (batch.negative_ids_BM == 20).any(dim=1).all()
+    assert next(iter(data.val_dataloader())).negatives is None
 
 
 def test_fewer_questions_than_processes_is_refused(tiny_run, monkeypatch):
