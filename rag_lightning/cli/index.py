@@ -30,7 +30,7 @@ from rag_lightning.index.plan import gigabytes
 from rag_lightning.index.quality import measure_quality, noisy_rows, recall_of_originals
 from rag_lightning.index.vectors import DTYPES
 from rag_lightning.retrieval.encode import PassageTokens, encode_questions, encoding_seconds
-from rag_lightning.training.encode_corpus import IndexSettings, encode_corpus
+from rag_lightning.training.encode_corpus import BuildSettings, encode_corpus
 from rag_lightning.utils.io import write_json
 
 _NUM_GENERATED_QUERIES = 1000
@@ -221,10 +221,10 @@ def _encoder(config: DictConfig) -> BiEncoder:
     return encoder
 
 
-def _settings(config: DictConfig) -> IndexSettings:
+def _settings(config: DictConfig) -> BuildSettings:
     if config.index.storage not in DTYPES:
         raise ConfigError(f"storage: expected one of {', '.join(DTYPES)}; came {config.index.storage!r}.")
-    return IndexSettings(
+    return BuildSettings(
         factory=config.index.factory,
         metric=as_metric(config.metric),
         storage=config.index.storage,

@@ -13,14 +13,14 @@ from rich.console import Console
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.index.calibrate import calibrate
 from rag_lightning.index.plan import BASE_BYTES, IndexPlan, Limits, check_fits, gigabytes, plan_index
-from rag_lightning.training.encode_corpus import IndexSettings
+from rag_lightning.training.encode_corpus import BuildSettings
 
 _ACTIVATIONS = 12
 """Vectors of the hidden size that a transformer layer holds for each token without gradient, roughly."""
 
 
 def plan_of(
-    config: DictConfig, settings: IndexSettings, num_vectors: int, dimension: int, encoder: BiEncoder | None = None
+    config: DictConfig, settings: BuildSettings, num_vectors: int, dimension: int, encoder: BiEncoder | None = None
 ) -> IndexPlan:
     """Returns the arithmetic part of the plan: bytes, without anything measured."""
     return plan_index(
@@ -35,7 +35,7 @@ def plan_of(
     )
 
 
-def timed(plan: IndexPlan, settings: IndexSettings, folder: Path, encode_s: float | None = None) -> IndexPlan:
+def timed(plan: IndexPlan, settings: BuildSettings, folder: Path, encode_s: float | None = None) -> IndexPlan:
     """Returns the plan with the seconds to build, measured on small indexes."""
     speed = calibrate(
         plan.factory,

@@ -35,7 +35,7 @@ TrainerMaker = Callable[[list[L.Callback]], L.Trainer]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexSettings:
+class BuildSettings:
     """What kind of index to build, and how it is searched.
 
     Attributes:
@@ -232,7 +232,7 @@ def encode_corpus(
     encoder: BiEncoder,
     corpus: PassageCorpus,
     output: Path,
-    settings: IndexSettings,
+    settings: BuildSettings,
     cache_dir: Path,
     batch_size: int = 64,
     shard_rows: int = 50_000,

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import signal
@@ -72,7 +73,7 @@ SETTINGS = [
     "callbacks=no_validation",
     "trainer.check_val_every_n_epoch=2",
 ]
-JOINT = ["objective=rag_token", "optim.train_passage_encoder=true", "reindex.schedule=2"]
+JOINT = ["objective=rag_token", "optim.train_passage_encoder=true", "reindex.schedule=2", "reindex.keep_last=9"]
 ACCUMULATED = [
     "objective=rag_sequence",
     "trainer.accumulate_grad_batches=2",
@@ -273,7 +274,7 @@ def test_all_processes_take_a_snapshot_live_at_the_same_step(settings, spied, tm
     assert len(first) == 150
     live = [int(line.split()[1][4:12]) for line in first]
     assert len(set(live)) >= 2, "no refresh was finished"
-    swaps = [step for step, (old, new) in enumerate(zip(live, live[1:], strict=False), start=2) if old != new]
+    swaps = [step for step, (old, new) in enumerate(itertools.pairwise(live), start=2) if old != new]
     assert all(step > live[step - 1] for step in swaps)  # some lag, since no step waited
 
 

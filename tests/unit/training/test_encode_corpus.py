@@ -13,7 +13,7 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.index.snapshot import SnapshotStore
 from rag_lightning.retrieval.encode import BATCHES_PER_BLOCK, PassageTokens, encode_passages
 from rag_lightning.training import encode_corpus as module
-from rag_lightning.training.encode_corpus import IndexSettings, RowBlocks, corpus_shards, encode_corpus
+from rag_lightning.training.encode_corpus import BuildSettings, RowBlocks, corpus_shards, encode_corpus
 from rag_lightning.types import Passage
 
 NUM_PASSAGES = 150
@@ -64,7 +64,7 @@ def build(encoder, corpus, tmp_path):
             encoder=arguments.pop("encoder", encoder),
             corpus=corpus,
             output=tmp_path / "index",
-            settings=settings or IndexSettings(),
+            settings=settings or BuildSettings(),
             cache_dir=tmp_path / "cache",
             progress=False,
             **{"batch_size": 1, "shard_rows": 20, **arguments},
@@ -136,7 +136,7 @@ def test_how_the_corpus_is_cut_changes_nothing(build, expected):
 
 def test_the_settings_reach_the_index(build, expected):
     faiss = pytest.importorskip("faiss")
-    settings = IndexSettings(
+    settings = BuildSettings(
         factory="IVF4,Flat", metric="l2", storage="int8", nprobe=2, num_training_vectors=140, seed=3
     )
     snapshot = build(settings, recall_queries=expected[:40], recall_at=5)
@@ -193,7 +193,7 @@ def test_shards_of_something_else_are_not_used(change, build, encoded, monkeypat
     gc.collect()
     encoded.clear()
     torch.manual_seed(1)
-    settings = IndexSettings(storage="float16" if change == "storage" else "float32")
+    settings = BuildSettings(storage="float16" if change == "storage" else "float32")
     other = {"encoder": {"encoder": tiny_encoder()}, "step": {"step": 1}, "shards": {"shard_rows": 64}}
     build(settings, **other.get(change, {}))
     assert len(encoded) == 5
@@ -204,7 +204,7 @@ def test_bad_sizes_and_settings_are_refused(build, encoder):
         with pytest.raises(ConfigError, match="expected shard_rows and batch_size of at least 1, came"):
             build(**sizes)
     with pytest.raises(ConfigError, match="factory: expected 'exact' or a FAISS factory string"):
-        build(IndexSettings(factory=" "))
+        build(BuildSettings(factory=" "))
     bare = BiEncoder(query=encoder.query, passage=encoder.passage, tokenizer=None)
     with pytest.raises(ConfigError, match="this encoder has no tokenizer"):
         build(encoder=bare)

@@ -1,0 +1,74 @@
+"""Every kind of retriever: trained with, tested, saved, opened again with the same answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from rag_lightning.rag import RagModel
+
+KINDS = {
+    "dense": [],
+    "sparse": ["optim.train_query_encoder=false"],
+    "hybrid_rrf": ["optim.train_query_encoder=false"],
+    "hybrid_convex": [],
+    "hybrid_gate": [],
+    "rerank_live": ["optim.train_passage_encoder=true", "retriever.rerank_candidates=20"],
+    "rerank_cross_encoder": ["optim.train_query_encoder=false", "retriever.rerank_candidates=6"],
+}
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory, tiny_encoder):
+    tokenizer = tiny_encoder().tokenizer
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**size, vocab_size=len(tokenizer), num_labels=1))
+    folder = tmp_path_factory.mktemp("cross_encoder")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_tested_saved_and_opened_again(kind, cli, tiny_train, cross_encoder, tmp_path):
+    if kind.startswith(("sparse", "hybrid")):
+        pytest.importorskip("bm25s")
+    extra = [*KINDS[kind], *([f"retriever.cross_encoder={cross_encoder}"] if "cross" in kind else [])]
+    run = tmp_path / "run"
+    cli("train", run, *tiny_train, f"retriever={kind}", "optim.lr_fusion=0.1", "optim.warmup_steps=0", *extra)
+    trained = json.loads((run / "metrics.json").read_text())
+    cli("evaluate", tmp_path / "again", f"checkpoint={run}", "trainer.limit_test_batches=2")
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    for name, value in again.items():
+        assert value == pytest.approx(trained[name], rel=1e-4), name
+
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    model = RagModel.from_pretrained(run / "model")
+    predictions = model.generate([line["question"] for line in lines])
+    for line, prediction in zip(lines, predictions, strict=True):
+        assert prediction.answer == line["answer"]
+        assert [p.id for p in prediction.passages] == [p["id"] for p in line["passages"]]
+        assert prediction.log_likelihood == pytest.approx(line["log_likelihood"], rel=1e-4)
+    assert (model.encoder is None) == (kind == "sparse")
+    assert (run / "index").exists() == (kind != "sparse")
+
+
+def test_the_gate_is_taught_by_the_answers(tiny_run, tiny_model, cli, tiny_train, tmp_path):
+    """Through the whole command line: its weights leave their start, and the run's model keeps them."""
+    pytest.importorskip("bm25s")
+    cli("train", tmp_path, *tiny_train, "retriever=hybrid_gate", "optim.lr_fusion=0.1", "optim.warmup_steps=0")
+    weights = {}
+    for file in Path(tmp_path / "model").rglob("*.safetensors"):
+        weights |= {name: value for name, value in load_file(file).items() if "gate" in name or "fusion" in str(file)}
+    assert weights, "the gate is saved with the model"
+    assert any(float(value.abs().max()) > 0.01 for value in weights.values())
+
+
+def test_a_query_encoder_that_the_loss_cannot_reach_is_refused(cli, tiny_train, tmp_path):
+    pytest.importorskip("bm25s")
+    with pytest.raises(SystemExit, match="optim.train_query_encoder=true, but retriever .* would never learn"):
+        cli("train", tmp_path, *tiny_train, "retriever=hybrid_rrf")
