@@ -11,6 +11,7 @@ from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_o
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME
+from rag_lightning.retrieval.build import build_fusion
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule, check_shapes
 from rag_lightning.training.objectives import ClosedBook, Contrastive, MarginalObjective, Objective
@@ -86,6 +87,8 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
     data.index_settings = replace(data.index_settings, snapshot=snapshot)
     if config.retriever is None and source is not None:
         data.retriever_settings = source.settings
+    elif config.retriever is not None and model.encoder is not None:
+        model.fusion = build_fusion(data.retriever_settings, dimension=model.encoder.dimension)  # none, or untrained
     return data
 
 

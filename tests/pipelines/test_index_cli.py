@@ -245,7 +245,7 @@ def test_the_benchmark_plans_and_measures_each_row(
     assert printed == markdown(table["rows"]).splitlines()
     assert printed[2].startswith("| IVF16,SQ8, int8 |")
     assert f"| {verify['recall_of_originals']:.4f} |" in printed[2]
-    assert 0 < abs(verify["recall_of_originals"] - verify["recall"]) < 0.1, "int8 is not what it was made from"
+    assert verify["recall_of_originals"] == pytest.approx(verify["recall"], abs=0.05)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
 
 

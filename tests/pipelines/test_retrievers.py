@@ -72,3 +72,17 @@ def test_a_query_encoder_that_the_loss_cannot_reach_is_refused(cli, tiny_train, 
     pytest.importorskip("bm25s")
     with pytest.raises(SystemExit, match="optim.train_query_encoder=true, but retriever .* would never learn"):
         cli("train", tmp_path, *tiny_train, "retriever=hybrid_rrf")
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid_rrf", "hybrid_convex", "hybrid_gate", "rerank_live"])
+def test_a_trained_model_is_evaluated_with_another_retriever(kind, cli, tiny_train, tmp_path):
+    pytest.importorskip("bm25s")
+    cli("train", tmp_path / "run", *tiny_train)
+    where = [f"checkpoint={tmp_path / 'run'}", "retrieval_only=true", "num_passages=24"]
+    cli("evaluate", tmp_path / "other", *where, f"retriever={kind}")
+    figures = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert figures["num_questions"] == 5
+    if not kind.startswith("sparse"):  # a title's word finds its film; where words find no more, no more are found
+        assert figures["recall@20"] > 0.5
+    if kind == "sparse":
+        assert figures["recall@1"] == 1.0
