@@ -346,7 +346,12 @@ def tiny_run(tiny_world: TinyWorld, tiny_model: ModelBuilder, tmp_path: Path) ->
             "use_distributed_sampler": False,
             "default_root_dir": str(tmp_path),
         }
-        own = [ReindexCallback(schedule=schedule, **(reindex or {})), RandomStateCallback(), recorder, InterruptCallback()]
+        own = [
+            ReindexCallback(schedule=schedule, **(reindex or {})),
+            RandomStateCallback(),
+            recorder,
+            InterruptCallback(),
+        ]
         torch.manual_seed(1)  # dropout; the same in every run
         return TinyRun(
             lightning_module, datamodule, L.Trainer(**{**usual, **trainer}, callbacks=[*own, *callbacks]), recorder

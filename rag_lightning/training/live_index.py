@@ -132,8 +132,8 @@ class LiveIndex:
             self.go_live(self._open_ready(self.settings.snapshot))
         if self.retriever is None and self._restored and not fresh:
             logger.warning(
-                "%s: the checkpoint's index snapshot %s is no longer there (only the last ones are kept); a fresh one is "
-                "built, so training goes on with a fresher index than it had. reindex.keep_last keeps more.",
+                "%s: the checkpoint's index snapshot %s is no longer there (only the last ones are kept); a fresh one "
+                "is built, so training goes on with a fresher index than it had. reindex.keep_last keeps more.",
                 self.root,
                 self._restored["snapshot_id"],
             )

@@ -281,7 +281,7 @@ def check_data(name: str, compose: Compose, tiny_overrides: Any) -> None:
 def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None:
     config = compose("train", *tiny_overrides("index", name))
     _, data, _ = built(config)
-    settings = {key: value for key, value in config.index.items()}
+    settings = dict(config.index.items())
     assert {key: getattr(data.index_settings, key) for key in settings} == settings  # each reaches the constructor
     vectors_ND = torch.randn(2600, 8, generator=torch.Generator().manual_seed(0))
     settings = {"nprobe": config.index.nprobe, "ef_search": config.index.ef_search}

@@ -299,4 +299,6 @@ def test_faiss_serves_the_same_passages(tiny_run):
     assert flat.recorder.losses == pytest.approx(exact.recorder.losses, rel=1e-5)
     assert flat.data.dense.snapshot.manifest.factory == "Flat"
     with pytest.raises(ConfigError, match="Nonsense"):
-        indexed(tiny_run(data={"index": IndexSettings(factory="Nonsense17")}, objective=MarginalObjective(kind="rag_token")))
+        indexed(
+            tiny_run(data={"index": IndexSettings(factory="Nonsense17")}, objective=MarginalObjective(kind="rag_token"))
+        )
