@@ -11,7 +11,7 @@ from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_o
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME
-from rag_lightning.retrieval.build import build_fusion
+from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule, check_shapes
 from rag_lightning.training.objectives import ClosedBook, Contrastive, MarginalObjective, Objective
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
     data = build_data(config, model, run_config)
     objective = objective_of(model) if not config.retrieval_only else Contrastive()
     bind(data, model, objective)
-    module = RagLightningModule(model=model, objective=objective, optim=OptimSettings())
+    module = RagLightningModule(model=model, objective=objective, optim=OptimSettings(), learns=False)
     trainer = build_trainer(config, config.callbacks)
     trainer.test(module, datamodule=data, weights_only=True)
     logger.info("metrics.json and predictions.jsonl are in %s", config.output)
@@ -87,9 +87,21 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
     data.index_settings = replace(data.index_settings, snapshot=snapshot)
     if config.retriever is None and source is not None:
         data.retriever_settings = source.settings
+    elif config.retriever is None and run_config is not None and run_config.get("retriever") is not None:
+        data.retriever_settings = instantiate(run_config.retriever)
     elif config.retriever is not None and model.encoder is not None:
-        model.fusion = build_fusion(data.retriever_settings, dimension=model.encoder.dimension)  # none, or untrained
+        _fit_fusion(model, data.retriever_settings)
     return data
+
+
+def _fit_fusion(model: RagModel, settings: RetrieverSettings) -> None:
+    """Gives a model the fusion that another retriever wants; its own stays where it serves."""
+    assert model.encoder is not None
+    wanted = build_fusion(settings, dimension=model.encoder.dimension)
+    if wanted is None or model.fusion is None or wanted.settings() != model.fusion.settings():
+        model.fusion = wanted
+        if settings.fusion == "gate":
+            logger.warning("retriever=hybrid_gate: this model has no such gate; an untrained one weighs both alike")
 
 
 def objective_of(model: RagModel) -> Objective:

@@ -40,6 +40,8 @@ def run(config: DictConfig) -> float | None:
         raise
     if config.data.test is not None:
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
+    else:  # a saved model names the index of its passage tower as it is
+        data.ensure_index(step=trainer.global_step, fresh=True)
     if trainer.is_global_zero:
         save_model(module, data, folder)
         _record_seconds(folder, time.perf_counter() - start)

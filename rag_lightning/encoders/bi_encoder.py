@@ -299,7 +299,7 @@ class BiEncoder(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any]) -> "BiEncoder":
-        """Reads what :meth:`save` wrote."""
+        """Reads what :meth:`save` wrote; a folder with a passage tower alone gives an encoder of that tower."""
         settings = dict(settings)
         shared, has_passage_tower = settings.pop("shared"), settings.pop("has_passage_tower")
         of_tower = {name: settings.pop(name) for name in ("pooling", "projection_dim", "normalise")}
@@ -310,8 +310,12 @@ class BiEncoder(nn.Module):
             loaded.load_projection(directory / role)
             return loaded
 
-        query = tower("query")
-        passage = (query if shared else tower("passage")) if has_passage_tower else None
+        passage: Tower | None
+        if (directory / "query").is_dir():
+            query = tower("query")
+            passage = (query if shared else tower("passage")) if has_passage_tower else None
+        else:
+            query = passage = tower("passage")
         has_tokenizer = (directory / "tokenizer").is_dir()
         tokenizer = load_tokenizer(directory / "tokenizer") if has_tokenizer else None
         return cls(query=query, passage=passage, tokenizer=tokenizer, **settings)

@@ -8,7 +8,7 @@ and nothing more, and a trainer that is killed closes the pipe, at which the bui
 A job folder, written whole or not at all::
 
     job.json       a RefreshJob
-    encoder/       the passage tower, as BiEncoder.save writes it
+    encoder/       the passage tower, in the layout of BiEncoder.save, and encoder.json, its settings
     probe.npy      question vectors to measure the new index's recall with (where its search is approximate)
 """
 
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from rag_lightning.text.token_store import TokenStore, open_or_build
 from rag_lightning.utils.io import atomic_directory, read_json, write_json
 
 JOB_FILE, DONE_FILE, FAILED_FILE, PROBE_FILE = "job.json", "done.json", "failed.json", "probe.npy"
+ENCODER_FILE = "encoder.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,6 @@ class RefreshJob:
         batch_size: Passages at a time.
         device: Where to encode.
         dtype: Of the tower's weights, such as ``float32``.
-        encoder: What :meth:`BiEncoder.load` needs besides the files.
         recall_at: K of the recall that is measured.
     """
 
@@ -80,7 +79,6 @@ class RefreshJob:
     batch_size: int
     device: str
     dtype: str
-    encoder: dict[str, Any]
     recall_at: int
 
 
@@ -101,7 +99,10 @@ def copy_of_passage_tower(encoder: BiEncoder) -> BiEncoder:
 def write_job(folder: Path, job: RefreshJob, tower: BiEncoder, probe_PD: Float[Tensor, "P D"] | None) -> None:
     """Publishes a job's folder, replacing one of the same name."""
     with atomic_directory(folder, replace=True) as part:
-        tower.save(part / "encoder")
+        tower.passage_tower().save(part / "encoder" / "passage")  # a DPR passage encoder loads as nothing else
+        if tower.tokenizer is not None:
+            tower.tokenizer.save_pretrained(part / "encoder" / "tokenizer")
+        write_json(part / ENCODER_FILE, tower.settings())
         if probe_PD is not None:
             np.save(part / PROBE_FILE, probe_PD.float().cpu().numpy(), allow_pickle=False)
         write_json(part / JOB_FILE, asdict(job))
@@ -133,7 +134,8 @@ class IndexBuilder:
             CorruptSnapshotError: The snapshot could not be written.
         """
         job = RefreshJob(**read_json(folder / JOB_FILE, "refresh job"))
-        encoder = BiEncoder.load(folder / "encoder", job.encoder).to(torch.device(job.device), _dtype(job.dtype)).eval()
+        settings = read_json(folder / ENCODER_FILE, "refresh job's encoder")
+        encoder = BiEncoder.load(folder / "encoder", settings).to(torch.device(job.device), _dtype(job.dtype)).eval()
         corpus = self._open_corpus(job)
         tokens = PassageTokens(encoder=encoder, corpus=corpus, store=_open_store(job, encoder, corpus))
         store = SnapshotStore(

@@ -99,7 +99,7 @@ class LiveIndex:
         """Returns the folder of this run's snapshots."""
         return SnapshotStore(
             self.root,
-            device=self._search_device(),
+            device=self._whole_device(),
             seed=self._seed,
             storage=self.settings.storage,
             **self._faiss_settings(),
@@ -125,11 +125,13 @@ class LiveIndex:
             StaleIndexError: The ready snapshot is of another encoder or corpus.
             MissingFileError: The resumed run's snapshots are not there at all.
         """
-        kept = self.store().ids()
-        if self.retriever is None and self._restored and (not kept or self._restored["snapshot_id"] in kept):
-            self.go_live(self.open(self._restored["snapshot_id"], encoder_hash=self._restored["encoder_hash"]))
-        elif self.retriever is None and not self._restored and self.settings.snapshot is not None:
-            self.go_live(self._open_ready(self.settings.snapshot))
+        kept = distributed.broadcast_object(self.store().ids())  # as one process sees the folder
+        ready = self.settings.snapshot
+        restored = self._restored.get("snapshot_id")
+        if self.retriever is None and ready is not None and restored in (None, Path(ready).name):
+            self.go_live(self._open_ready(ready))
+        elif self.retriever is None and restored is not None and (not kept or restored in kept):
+            self.go_live(self.open(restored, encoder_hash=self._restored["encoder_hash"]))
         if self.retriever is None and self._restored and not fresh:
             logger.warning(
                 "%s: the checkpoint's index snapshot %s is no longer there (only the last ones are kept); a fresh one "
@@ -163,12 +165,21 @@ class LiveIndex:
             recall_queries=probe_PD.float().cpu() if probe_PD is not None else None,
             recall_at=self.settings.recall_at,
         )
-        return self._divided(snapshot)
+        return self.divided(snapshot)
 
     def open(self, snapshot_id: str, *, encoder_hash: str | None = None, verify: bool = True) -> Snapshot:
         """Opens one of this run's snapshots; this process's part of it where the index is sharded."""
-        opened = self.store().open(snapshot_id, encoder_hash=encoder_hash, corpus_hash=self.corpus.hash, verify=verify)
-        return self._divided(opened)
+        return self.divided(self.open_whole(snapshot_id, encoder_hash=encoder_hash, verify=verify))
+
+    def open_whole(self, snapshot_id: str, *, encoder_hash: str | None = None, verify: bool = False) -> Snapshot:
+        """Opens one of this run's snapshots; speaks with no other process, so a thread may do it."""
+        return self.store().open(
+            snapshot_id,
+            encoder_hash=encoder_hash,
+            corpus_hash=self.corpus.hash,
+            metric=self.model.settings.metric,
+            verify=verify,
+        )
 
     def go_live(self, snapshot: Snapshot) -> None:
         """Makes a snapshot live; call it between steps.
@@ -193,11 +204,6 @@ class LiveIndex:
             keep.add(self.retriever.snapshot_id)
         return self.store().prune(keep_last, keep)
 
-    def published_at(self, step: int) -> str | None:
-        """Returns the id of a snapshot published for an optimiser step, if there is one."""
-        found = [name for name in self.store().ids() if name.startswith(f"step{step:08d}-")]
-        return found[-1] if found else None
-
     def job(self, step: int, *, passages: str, cache_dir: Path, device: str) -> RefreshJob:
         """Returns what another process needs to know to build the snapshot of the tower as it is now."""
         encoder = self.model.encoder
@@ -220,7 +226,6 @@ class LiveIndex:
             batch_size=self.settings.encode_batch_size,
             device=device,
             dtype=str(parameter.dtype).removeprefix("torch."),
-            encoder={**encoder.settings(), "shared": True},
             recall_at=self.settings.recall_at,
         )
 
@@ -242,11 +247,17 @@ class LiveIndex:
         encoder = self.model.encoder
         has_tower = encoder is not None and encoder.passage is not None
         encoder_hash = encoder.passage_hash() if encoder is not None and has_tower else None
-        device = self._search_device()
-        opened = open_snapshot(path, encoder_hash=encoder_hash, corpus_hash=self.corpus.hash, device=device)
-        return self._divided(opened)
+        opened = open_snapshot(
+            path,
+            encoder_hash=encoder_hash,
+            corpus_hash=self.corpus.hash,
+            metric=self.model.settings.metric,
+            device=self._whole_device(),
+        )
+        return self.divided(opened)
 
-    def _divided(self, snapshot: Snapshot) -> Snapshot:
+    def divided(self, snapshot: Snapshot) -> Snapshot:
+        """Returns a snapshot with this process's part of the index, where it is sharded; all call it together."""
         if not self.settings.sharded:
             return snapshot
         index = open_shard(
@@ -262,6 +273,10 @@ class LiveIndex:
             seed=self._seed,
         )
         return replace(snapshot, index=index)
+
+    def _whole_device(self) -> torch.device | None:
+        """Where whole indexes are opened: with shards only as a memory map, since parts are searched."""
+        return None if self.settings.sharded else self._search_device()
 
     def _search_device(self) -> torch.device | None:
         return self.device if self.device.type != "cpu" else None

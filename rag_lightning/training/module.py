@@ -46,6 +46,7 @@ class RagLightningModule(L.LightningModule):
         recall_at: Cut-offs of recall.
         generate_in_validation: Decode answers in validation too, not only in the test.
         retrieval_utility: Also score the targets without passages in evaluation.
+        learns: False for a module that only evaluates, whatever its model's parts.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RagLightningModule(L.LightningModule):
         recall_at: Sequence[int] = (1, 5, 20),
         generate_in_validation: bool = True,
         retrieval_utility: bool = True,
+        learns: bool = True,
     ) -> None:
         super().__init__()
         if reduction not in get_args(Reduction):
@@ -68,8 +70,9 @@ class RagLightningModule(L.LightningModule):
         self.reduction: Reduction = reduction
         self.generate_in_validation = generate_in_validation
         self.retrieval_utility = retrieval_utility
-        self.trained = optim.trained_parts(objective.trains)
-        freeze_all_but(model, self.trained)
+        self.trained = optim.trained_parts(objective.trains) if learns else ()
+        if learns:
+            freeze_all_but(model, self.trained)
         self.metrics = nn.ModuleDict(
             {
                 "answers": AnswerMetrics(),
@@ -260,7 +263,8 @@ class RagLightningModule(L.LightningModule):
             values |= self.diagnostics.compute()
             # a test's index is of the passage tower as it is
             age = self.global_step - self.data.snapshot_step if stage == "val" else 0
-            values["index_age_steps"] = torch.tensor(float(age))
+            if self.data.dense is not None:
+                values["index_age_steps"] = torch.tensor(float(age))
         nll, count = torch.tensor(distributed.gather_objects(self._nll_and_count.tolist())).sum(dim=0)
         if count > 0:
             values["nll"] = nll / count

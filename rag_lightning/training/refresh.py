@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from rag_lightning.errors import ConfigError, CorruptSnapshotError
+from rag_lightning.errors import CorruptSnapshotError, RagError
 from rag_lightning.index.snapshot import Snapshot
 from rag_lightning.retrieval.index_builder import (
     DONE_FILE,
@@ -31,7 +33,7 @@ from rag_lightning.retrieval.index_builder import (
 )
 from rag_lightning.training.live_index import LiveIndex
 from rag_lightning.utils import distributed
-from rag_lightning.utils.io import read_json, write_json
+from rag_lightning.utils.io import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,35 @@ FAILED, BUILDING, OPENED = -1, 0, 1
 """What a process knows of a refresh under way; the least of all processes' is what they act on."""
 
 POLL_S = 0.02
+JOB_FOLDERS = ".job-step*"
+
+
+@dataclass
+class Refresh:
+    """One refresh as this process sees it; threads of an earlier one write into theirs.
+
+    Attributes:
+        step: When it began.
+        folder: Its job.
+        attempts: How often the builder was asked.
+        export: Writes the job, on rank 0.
+        opening: Opens the finished snapshot.
+        opened: What came of it: the snapshot, or why not.
+    """
+
+    step: int
+    folder: Path
+    attempts: int = 0
+    export: threading.Thread | None = None
+    opening: threading.Thread | None = None
+    opened: Snapshot | Exception | None = None
+
+    @property
+    def state(self) -> int:
+        """``FAILED``, ``BUILDING`` or ``OPENED``."""
+        if isinstance(self.opened, Exception):
+            return FAILED
+        return BUILDING if self.opened is None else OPENED
 
 
 class Refresher(Protocol):
@@ -61,7 +92,7 @@ class Refresher(Protocol):
         """Returns the new snapshot where all processes take it live now, at the end of ``step``; else None."""
         ...
 
-    def close(self) -> None:
+    def close(self, index: LiveIndex | None = None) -> None:
         """Ends what runs beside training."""
         ...
 
@@ -86,7 +117,7 @@ class SyncRefresher:
         built, self._built = self._built, None
         return built
 
-    def close(self) -> None:
+    def close(self, index: LiveIndex | None = None) -> None:
         """Nothing runs beside training."""
 
 
@@ -122,7 +153,6 @@ class AsyncRefresher:
         max_attempts: int = 3,
         niceness: int = 5,
     ) -> None:
-        self.pending_step: int | None = None
         self._passages = passages if passages.startswith("bundled:") else str(Path(passages).absolute())
         self._cache_dir = cache_dir
         self._device = device
@@ -131,24 +161,41 @@ class AsyncRefresher:
         self._max_attempts = max_attempts
         self._niceness = niceness
         self._process: subprocess.Popen[str] | None = None
-        self._folder = Path()
-        self._attempts = 0
-        self._export: threading.Thread | None = None
-        self._export_error: Exception | None = None
-        self._opening: threading.Thread | None = None
-        self._opened: Snapshot | str | Exception | None = None
+        self._current: Refresh | None = None
+        self._run = ""
+        self._kept: Path | None = None
         self._flag: Tensor | None = None
         self._sent: Any = None
 
-    def start(self, index: LiveIndex) -> None:
-        """Starts the builder before it is needed, so that its imports do not count against the first refresh."""
-        if distributed.rank() == 0 and (self._process is None or self._process.poll() is not None):
-            self._end_builder()
-            self._process = _spawn(index.root, self._threads(), self._niceness)
+    @property
+    def pending_step(self) -> int | None:
+        """The step of the refresh under way, or None."""
+        return self._current.step if self._current is not None else None
+
+    @property
+    def pending_folder(self) -> str | None:
+        """The name of its job's folder, for a checkpoint."""
+        return self._current.folder.name if self._current is not None else None
+
+    def start(self, index: LiveIndex, *, keep: str | None = None) -> None:
+        """Agrees on a name for this run, clears what earlier ones left, and starts the builder before it is needed.
+
+        Its imports then do not count against the first refresh. Called by all processes.
+
+        Args:
+            index: Where snapshots lie.
+            keep: The job that a restored checkpoint wants to go on with.
+        """
+        self._run = distributed.broadcast_object(uuid.uuid4().hex[:8])
+        if distributed.rank() == 0:
+            for left in [*index.root.glob(JOB_FOLDERS), *index.root.glob(f".{JOB_FOLDERS}")]:
+                if left.name != keep:
+                    shutil.rmtree(left, ignore_errors=True)
+            self._start_builder(index)
 
     def begin(self, index: LiveIndex, step: int, probe_PD: Float[Tensor, "P D"] | None) -> None:
         """Copies the passage tower and hands it on; the writing happens in a thread."""
-        self._expect(index, step)
+        refresh = self._expect(step, index.root / f".job-step{step:08d}-{self._run}")
         if distributed.rank() != 0:
             return
         assert index.model.encoder is not None
@@ -159,73 +206,84 @@ class AsyncRefresher:
 
         def export() -> None:
             try:
-                write_job(self._folder, job, tower, probe_PD)
-                self._submit(index)
+                write_job(refresh.folder, job, tower, probe_PD)
+                self._submit(index, refresh)
             except Exception as error:
-                self._export_error = error
+                refresh.opened = error
 
-        self._export = threading.Thread(target=export, daemon=True)
-        self._export.start()
+        refresh.export = threading.Thread(target=export, daemon=True)
+        refresh.export.start()
 
-    def resume(self, index: LiveIndex, step: int) -> bool:
+    def resume(self, index: LiveIndex, step: int, folder: str) -> bool:
         """Goes on with a refresh that a checkpoint found under way; False where its passage tower was not kept."""
-        self._expect(index, step)
-        published = index.published_at(step)
-        if distributed.rank() == 0 and published is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / DONE_FILE, {"snapshot_id": published, "seconds": 0.0})
-        elif distributed.rank() == 0 and (self._folder / JOB_FILE).is_file():
-            (self._folder / FAILED_FILE).unlink(missing_ok=True)
-            self._submit(index)
-        elif distributed.rank() == 0:
-            self.pending_step = None
-        self.pending_step = distributed.broadcast_object(self.pending_step)
-        return self.pending_step is not None
+        refresh = self._expect(step, index.root / folder)
+        found = True
+        if distributed.rank() == 0:
+            found = (refresh.folder / JOB_FILE).is_file()
+            for name in (DONE_FILE, FAILED_FILE) if found else ():
+                (refresh.folder / name).unlink(missing_ok=True)
+            if found:
+                self._submit(index, refresh)
+        found = distributed.broadcast_object(found)
+        self._kept = refresh.folder
+        if not found:
+            self._current = None
+        return found
 
-    def settle(self) -> None:
-        """Waits until the passage tower of a refresh under way is on disk: a checkpoint counts on it."""
-        if self._export is not None:
-            self._export.join()
+    def checkpoint(self) -> None:
+        """Waits until the passage tower of a refresh under way is on disk, and keeps it until the next checkpoint."""
+        self._settle()
+        before, self._kept = self._kept, self._current.folder if self._current is not None else None
+        if distributed.rank() == 0 and before is not None and before != self._kept:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def _settle(self) -> None:
+        if self._current is not None and self._current.export is not None:
+            self._current.export.join()
 
     def announce(self, device: torch.device) -> None:
         """Sends how far this process is, without waiting for the others."""
-        if self.pending_step is None or self._lag_steps is not None or self._sent is not None:
+        if self._current is None or self._lag_steps is not None or self._sent is not None:
             return
         if distributed.world_size() > 1:
-            self._flag = torch.tensor([self._state()], dtype=torch.int32, device=device)
+            self._flag = torch.tensor([self._current.state], dtype=torch.int32, device=device)
             self._sent = dist.all_reduce(self._flag, op=dist.ReduceOp.MIN, async_op=True)
 
     def finish(self, index: LiveIndex, step: int) -> Snapshot | None:
         """Returns the new snapshot once every process has it open, or after exactly the lag asked for."""
-        if self.pending_step is None:
+        if self._current is None:
             return None
-        self._look(index)
+        self._look(index, self._current)
         if self._lag_steps is not None:
-            if step - self.pending_step < self._lag_steps:
+            if step - self._current.step < self._lag_steps:
                 return None
-            state = self._wait_for_all(index)
+            state = self._wait_for_all(index, self._current)
         else:
-            state = self._agreed()
-        if state == BUILDING:
-            return None
-        return self._end(index, state)
+            state = self._agreed(self._current)
+        return None if state == BUILDING else self._end(index, self._current, state)
 
-    def close(self) -> None:
-        """Ends the builder; an unfinished refresh is left on disk, for a run that resumes."""
-        self.settle()
+    def close(self, index: LiveIndex | None = None) -> None:
+        """Ends the builder and clears what it leaves; the job of an unfinished refresh stays, for a resumed run."""
+        self._settle()
+        running = self._process is not None
         self._end_builder()
-        if self._opening is not None:
-            self._opening.join()
+        if self._current is not None and self._current.opening is not None:
+            self._current.opening.join()
+        if running and index is not None:
+            index.store().sweep()
 
     # ------------------------------------------------------------------ one refresh
 
-    def _expect(self, index: LiveIndex, step: int) -> None:
-        if self.pending_step is not None:
-            raise ConfigError(f"a refresh is under way since step {self.pending_step}; a second one cannot begin")
-        self.pending_step = step
-        self._folder = index.root / f".job-step{step:08d}"
-        self._attempts = 0
-        self._export = self._opening = self._export_error = self._opened = None
+    def _expect(self, step: int, folder: Path) -> Refresh:
+        assert self._current is None, "one refresh at a time"
+        self._current = Refresh(step, folder)
+        return self._current
+
+    def _start_builder(self, index: LiveIndex) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self._end_builder()
+            threads = self._num_threads if self._num_threads is not None else torch.get_num_threads()
+            self._process = _spawn(index.root, threads, self._niceness)
 
     def _end_builder(self) -> None:
         if self._process is None:
@@ -237,75 +295,67 @@ class AsyncRefresher:
             self._process.stdin.close()
         self._process = None
 
-    def _threads(self) -> int:
-        return self._num_threads if self._num_threads is not None else torch.get_num_threads()
+    def _submit(self, index: LiveIndex, refresh: Refresh) -> None:
+        refresh.attempts += 1
+        try:
+            self._start_builder(index)
+            assert self._process is not None
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it died just now; the next look starts another
+                self._process.stdin.write(f"{refresh.folder.absolute()}\n")
+                self._process.stdin.flush()
+        except OSError as error:  # no process can be started: the refresh is lost, training is not
+            refresh.opened = error
 
-    def _submit(self, index: LiveIndex) -> None:
-        self.start(index)
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._attempts += 1
-        with contextlib.suppress(OSError):  # it died just now; the next look starts another
-            self._process.stdin.write(f"{self._folder.absolute()}\n")
-            self._process.stdin.flush()
-
-    def _look(self, index: LiveIndex) -> None:
+    def _look(self, index: LiveIndex, refresh: Refresh) -> None:
         """Rank 0 looks after the builder; every process opens the snapshot, in a thread, once it is there."""
-        if distributed.rank() == 0 and (self._export is None or not self._export.is_alive()):
-            self._look_after(index)
-        if self._opening is not None or self._opened is not None or not (self._folder / DONE_FILE).is_file():
-            return
-        snapshot_id = read_json(self._folder / DONE_FILE, "finished refresh")["snapshot_id"]
-        if index.settings.sharded:  # opened by all together, when all have seen it: see _end
-            self._opened = snapshot_id
+        exporting = refresh.export is not None and refresh.export.is_alive()
+        if distributed.rank() == 0 and not exporting and refresh.opened is None:
+            self._look_after(index, refresh)
+        if exporting or refresh.opening is not None or not (refresh.folder / DONE_FILE).is_file():
             return
 
         def opening() -> None:
             try:
-                self._opened = index.open(snapshot_id, verify=False)  # the builder has just read it back
+                done = read_json(refresh.folder / DONE_FILE, "finished refresh")
+                refresh.opened = index.open_whole(done["snapshot_id"])  # the builder has just read it back
             except Exception as error:
-                self._opened = error
+                refresh.opened = error
 
-        self._opening = threading.Thread(target=opening, daemon=True)
-        self._opening.start()
+        refresh.opening = threading.Thread(target=opening, daemon=True)
+        refresh.opening.start()
 
-    def _look_after(self, index: LiveIndex) -> None:
-        failed = self._folder / FAILED_FILE
-        if (self._folder / DONE_FILE).is_file() or (self._export_error is None and self._attempts > self._max_attempts):
+    def _look_after(self, index: LiveIndex, refresh: Refresh) -> None:
+        failed, reason = refresh.folder / FAILED_FILE, None
+        if (refresh.folder / DONE_FILE).is_file():
             return
-        reason = str(self._export_error) if self._export_error is not None else None
-        if reason is None and failed.is_file():
+        if failed.is_file():
             reason = str(read_json(failed, "failed refresh")["error"])
-        if reason is None and self._process is not None and self._process.poll() is not None:
-            reason = f"the index builder ended with status {self._process.returncode}"
+        elif self._process is None or self._process.poll() is not None:
+            status = self._process.returncode if self._process is not None else None
+            reason = f"the index builder ended with status {status}"
         if reason is None:
             return
-        again = self._attempts < self._max_attempts and self._export_error is None
+        again = refresh.attempts < self._max_attempts
         logger.warning(
-            "refresh of step %d, attempt %d of %d: %s (%s). Training goes on with the index it has%s",
-            self.pending_step,
-            self._attempts,
+            "refresh of step %d, attempt %d of %d: %s (messages: %s). Training goes on with the index it has%s",
+            refresh.step,
+            refresh.attempts,
             self._max_attempts,
             reason,
-            f"its messages are in {_log_file(index.root)}",
+            _log_file(index.root),
             "; trying again." if again else ".",
         )
         if again:
             failed.unlink(missing_ok=True)
-            self._submit(index)
+            self._submit(index, refresh)
         else:
-            self._attempts = self._max_attempts + 1
-            self._opened = CorruptSnapshotError(reason)
+            refresh.opened = CorruptSnapshotError(reason)
 
-    def _state(self) -> int:
-        if isinstance(self._opened, Exception):
-            return FAILED
-        return BUILDING if self._opened is None else OPENED
-
-    def _agreed(self) -> int:
+    def _agreed(self, refresh: Refresh) -> int:
         """Returns the least of all processes' states, as each had announced it before this step."""
         if distributed.world_size() == 1:
-            return self._state()
+            return refresh.state
         if self._sent is None or self._flag is None:
             return BUILDING
         self._sent.wait()
@@ -313,24 +363,29 @@ class AsyncRefresher:
         self._sent = self._flag = None
         return state
 
-    def _wait_for_all(self, index: LiveIndex) -> int:
+    def _wait_for_all(self, index: LiveIndex, refresh: Refresh) -> int:
         while True:
-            self._look(index)
-            states = distributed.gather_objects(self._state())
-            if min(states) != BUILDING:
-                return min(states)
+            self._look(index, refresh)
+            state = min(distributed.gather_objects(refresh.state))
+            if state != BUILDING:
+                return state
             time.sleep(POLL_S)
 
-    def _end(self, index: LiveIndex, state: int) -> Snapshot | None:
-        opened, folder = self._opened, self._folder
-        self.pending_step, self._opened = None, None
-        if distributed.rank() == 0:
-            # all processes have opened the snapshot, or none ever will
-            threading.Thread(target=shutil.rmtree, args=(folder, True), daemon=True).start()
-        if state == OPENED and not isinstance(opened, Exception):
-            return index.open(opened, verify=False) if isinstance(opened, str) else opened
-        if isinstance(opened, Exception):
-            logger.warning("the refresh was given up: %s", opened)
+    def _end(self, index: LiveIndex, refresh: Refresh, state: int) -> Snapshot | None:
+        self._current = None
+        opened: Snapshot | Exception | None = refresh.opened
+        if state == OPENED and isinstance(opened, Snapshot):
+            try:
+                opened = index.divided(opened)  # with shards, together; an error is then everybody's
+            except RagError as error:
+                opened = error
+        # all processes have opened the snapshot, or none ever will; a run resumed from the last checkpoint may want it
+        if distributed.rank() == 0 and refresh.folder != self._kept:
+            shutil.rmtree(refresh.folder, ignore_errors=True)
+        if state == OPENED and isinstance(opened, Snapshot):
+            return opened
+        reason = opened if isinstance(opened, Exception) else "another process could not open it"
+        logger.warning("the refresh of step %d was given up: %s", refresh.step, reason)
         return None
 
 

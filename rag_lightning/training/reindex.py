@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import ConfigError, RagError
 from rag_lightning.index.locks import SnapshotLock
 from rag_lightning.metrics.diagnostics import overlap_at_k
 from rag_lightning.training.datamodule import RagDataModule
@@ -140,7 +140,8 @@ class ReindexCallback(L.Callback):
         self.refresher: Refresher = SyncRefresher()
         self._lock: SnapshotLock | None = None
         self._last_step = 0
-        self._restored_pending: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._missed = False
         self._began = 0.0
         self._stalls: list[float] = []
         self._step_seconds: deque[float] = deque(maxlen=100)
@@ -169,7 +170,9 @@ class ReindexCallback(L.Callback):
         if data.index is not None:
             self._take_folder(data)
             if isinstance(self.refresher, AsyncRefresher):
-                self.refresher.start(data.index)
+                self.refresher.start(data.index, keep=(self._restored or {}).get("pending_folder"))
+        elif self.schedule.pieces:
+            raise ConfigError("reindex.schedule is set, but words alone are searched: there is no index of vectors")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live before anything is retrieved."""
@@ -183,13 +186,15 @@ class ReindexCallback(L.Callback):
         self._ensure(trainer, pl_module)
         if data.index is None or data.dense is None:
             return
-        if self._restored_pending is not None and isinstance(self.refresher, AsyncRefresher):
-            pending, self._restored_pending = self._restored_pending, None
-            self._began, self._stalls = time.perf_counter(), []
-            if self.refresher.resume(data.index, pending):
-                return
-            logger.warning("the refresh of step %d was not kept; it begins anew at step %d", pending, step)
-            self._begin(trainer, step)
+        restored, self._restored = self._restored or {}, None
+        pending = restored.get("pending_step")
+        self._missed = bool(restored.get("missed", False))
+        if pending is not None:
+            self._began, self._stalls = time.perf_counter(), [0.0]
+            folder = restored.get("pending_folder", "")
+            if not isinstance(self.refresher, AsyncRefresher) or not self.refresher.resume(data.index, pending, folder):
+                logger.warning("the refresh of step %d was not kept; it begins anew at step %d", pending, step)
+                self._begin(trainer, step)
         elif self.schedule.is_due(step) and data.snapshot_step < step and self.trigger == "schedule":
             self._begin(trainer, step)
         self._finish(trainer, step)
@@ -211,15 +216,17 @@ class ReindexCallback(L.Callback):
         now = time.perf_counter()
         self._step_seconds.append(now - self._step_end)
         self._finish(trainer, step)
-        if self.schedule.is_due(step) and self.refresher.pending_step is None and self._wanted(trainer, step):
+        due = self.schedule.is_due(step) or self._missed
+        self._missed = due and self.refresher.pending_step is not None  # made up for when that one is done
+        if due and not self._missed and self._wanted(trainer, step):
             self._begin(trainer, step)
             self._finish(trainer, step)
         self._step_end = time.perf_counter()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Waits until the passage tower of a refresh under way is on disk, where a resumed run will look for it."""
+        """Sees to it that the passage tower of a refresh under way is on disk, where a resumed run will look for it."""
         if isinstance(self.refresher, AsyncRefresher):
-            self.refresher.settle()
+            self.refresher.checkpoint()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes a snapshot live for a validation outside training; within training the live one is used as it is."""
@@ -232,25 +239,26 @@ class ReindexCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Ends the builder and gives the folder of snapshots back."""
-        self._close()
+        self._close(_parts(trainer, pl_module)[1])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an error."""
-        self._close()
+        self._close(_parts(trainer, pl_module)[1])
 
-    def _close(self) -> None:
-        self.refresher.close()
+    def _close(self, data: RagDataModule) -> None:
+        self.refresher.close(data.index)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the step of the refresh under way, if any."""
-        return {"pending_step": self.refresher.pending_step}
+        """Returns the refresh under way, if any, and whether another has become due meanwhile."""
+        folder = self.refresher.pending_folder if isinstance(self.refresher, AsyncRefresher) else None
+        return {"pending_step": self.refresher.pending_step, "pending_folder": folder, "missed": self._missed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers the refresh that was under way, to be gone on with."""
-        self._restored_pending = state_dict.get("pending_step")
+        self._restored = dict(state_dict)
 
     # ------------------------------------------------------------------ one refresh
 
@@ -269,7 +277,7 @@ class ReindexCallback(L.Callback):
             try:
                 self._lock = store.lock()
                 store.sweep()
-            except ConfigError as caught:
+            except (RagError, OSError) as caught:
                 error = str(caught)
         error = distributed.broadcast_object(error)
         if error is not None:
@@ -304,7 +312,8 @@ class ReindexCallback(L.Callback):
         start = time.perf_counter()
         snapshot = self.refresher.finish(data.index, step)
         if snapshot is None:
-            self._stalls.append(time.perf_counter() - start)
+            if self.refresher.pending_step is not None:
+                self._stalls.append(time.perf_counter() - start)
             return
         probe = take_probe(module.model, data, self.probe_size)
         replaced = data.dense.snapshot.manifest.step
@@ -322,6 +331,8 @@ class ReindexCallback(L.Callback):
         if distributed.rank() == 0:
             data.index.collect(self.keep_last)
         self._stalls.append(time.perf_counter() - start)
+        if snapshot.manifest.step == step:  # begun and ended at one step: one stall
+            self._stalls = [sum(self._stalls)]
         stall = values["reindex/stall_seconds"] = max(self._stalls)
         if self._step_seconds:
             values["reindex/stall_steps"] = stall / statistics.median(self._step_seconds)
