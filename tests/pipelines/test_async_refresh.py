@@ -14,14 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
+from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.errors import ConfigError
 from rag_lightning.index.snapshot import SnapshotStore, open_snapshot
 from rag_lightning.retrieval import index_builder
-from rag_lightning.retrieval.index_builder import copy_of_passage_tower, write_job
+from rag_lightning.retrieval.encode import PassageTokens
+from rag_lightning.retrieval.index_builder import IndexBuilder, RefreshJob, copy_of_passage_tower, write_job
+from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.training.live_index import LiveIndex
 from rag_lightning.training.refresh import AsyncRefresher
 from rag_lightning.training.reindex import _check_settings
@@ -282,3 +288,51 @@ def test_a_builder_ends_with_its_trainer(ready_job, tmp_path):
     process.stdin.close()
     assert process.wait(timeout=60) == 0
     refresher.close()
+
+
+def test_a_dpr_passage_encoder_is_built_with(tiny_world, tmp_path):
+    """It was written as a question encoder, which cannot be loaded from its weights."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    tokenizer = load_tokenizer(tiny_world.tokenizer)
+    config = DPRConfig(**size, vocab_size=len(tokenizer), max_position_embeddings=64)
+    towers = [Tower(backbone=kind(config), pooling="dpr_pooler") for kind in (DPRQuestionEncoder, DPRContextEncoder)]
+    encoder = BiEncoder(query=towers[0], passage=towers[1], tokenizer=tokenizer, max_passage_tokens=40).eval()
+    corpus = PassageCorpus.read(tiny_world.passages)
+    job = RefreshJob(
+        passages=str(tiny_world.passages),
+        corpus_hash=corpus.hash,
+        cache_dir=str(tmp_path / "cache"),
+        index_dir=str(tmp_path / "index"),
+        step=3,
+        metric="inner_product",
+        factory="exact",
+        storage="float16",
+        num_training_vectors=None,
+        nprobe=None,
+        ef_search=None,
+        seed=0,
+        batch_size=7,
+        device="cpu",
+        dtype="float32",
+        recall_at=10,
+    )
+    write_job(tmp_path / "job", job, copy_of_passage_tower(encoder), None)
+    snapshot = IndexBuilder().build(tmp_path / "job")
+    assert snapshot.manifest.encoder_hash == encoder.passage_hash()
+    with torch.no_grad():
+        expected = encoder.passage(PassageTokens(encoder=encoder, corpus=corpus).batch(np.arange(24)))
+    torch.testing.assert_close(snapshot.vectors(torch.arange(24)), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_what_an_earlier_life_left_is_not_taken_for_this_ones(tiny_run, tmp_path):
+    """A finished job of the same step, of other weights, once went live in place of the refresh asked for."""
+    settings = {"schedule": 2, "optim": BOTH, "index_dir": tmp_path / "index", "max_steps": 5}
+    settings["reindex"] = {"mode": "async", "lag_steps": 1, "keep_last": 9}
+    first = tiny_run(**settings).fit()
+    left = tmp_path / "index" / ".job-step00000002-old"
+    left.mkdir()
+    wrong = first.recorder.snapshots[0]
+    (left / index_builder.DONE_FILE).write_text(f'{{"snapshot_id": "{wrong}", "seconds": 1}}')
+    second = tiny_run(**settings).fit()
+    assert second.recorder.snapshots == first.recorder.snapshots
+    assert not left.exists()

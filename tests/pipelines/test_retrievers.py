@@ -86,3 +86,56 @@ def test_a_trained_model_is_evaluated_with_another_retriever(kind, cli, tiny_tra
         assert figures["recall@20"] > 0.5
     if kind == "sparse":
         assert figures["recall@1"] == 1.0
+
+
+# ---------------------------------------------------------------------- what once went wrong
+
+
+def test_a_checkpoint_is_evaluated_with_its_runs_retriever(cli, tiny_train, tmp_path):
+    """It was searched by vectors alone, whatever it had been trained with."""
+    pytest.importorskip("bm25s")
+    cli("train", tmp_path / "run", *tiny_train, "retriever=hybrid_convex", "callbacks=no_validation")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    cli("evaluate", tmp_path / "again", f"checkpoint={checkpoint}", "trainer.limit_test_batches=2")
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "again")]
+    assert figures[1]["recall@1"] == figures[0]["recall@1"]
+    assert figures[1]["nll"] == pytest.approx(figures[0]["nll"], rel=1e-4)
+
+
+def test_a_trained_gate_is_kept_when_other_settings_are_tried(cli, tiny_train, tmp_path):
+    """It was replaced by an untrained one."""
+    pytest.importorskip("bm25s")
+    learning = ["optim.lr_fusion=0.5", "optim.warmup_steps=0"]
+    cli("train", tmp_path / "run", *tiny_train, "retriever=hybrid_gate", *learning)
+    for name, retriever in (("own", []), ("wider", ["retriever=hybrid_gate", "retriever.num_candidates=20"])):
+        where = [f"checkpoint={tmp_path / 'run'}", "trainer.limit_test_batches=2"]
+        cli("evaluate", tmp_path / name, *where, *retriever)
+    own, wider = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("own", "wider"))
+    assert wider == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [["retriever=sparse", "optim.train_query_encoder=false"], ["encoder.shared=true"]])
+def test_what_could_not_be_trained_so_can_be_evaluated(settings, cli, tiny_train, tmp_path):
+    """Evaluation refused towers that are shared, and models without a part that a contrastive objective would train."""
+    if "retriever=sparse" in settings:
+        pytest.importorskip("bm25s")
+    shared = ["optim.train_passage_encoder=true"] if "shared" in settings[0] else []
+    cli("train", tmp_path / "run", *tiny_train, *settings, *shared)
+    cli("evaluate", tmp_path / "again", f"checkpoint={tmp_path / 'run'}", "retrieval_only=true")
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["num_questions"] == 5
+
+
+def test_a_run_may_start_from_a_ready_snapshot_and_be_tested_and_resumed(cli, tiny_train, tmp_path):
+    """The snapshot lies outside the run's folder: it was looked for inside."""
+    cli("train", tmp_path / "first", *tiny_train)
+    (snapshot,) = (path for path in (tmp_path / "first" / "index").iterdir() if path.name.startswith("step"))
+    run = tmp_path / "second"
+    cli("train", run, *tiny_train, f"index.snapshot={snapshot}")
+    assert not list((run / "index").glob("step*")), "nothing was built"
+    cli("train", run, f"resume={run}", "trainer.max_steps=3")
+
+
+def test_a_model_that_was_not_tested_names_an_index_of_its_own_tower(cli, tiny_train, tmp_path):
+    """It named the index of the tower as it was before training, which no evaluation would open."""
+    cli("train", tmp_path / "run", *tiny_train, "optim.train_passage_encoder=true", "data.test=null")
+    assert RagModel.from_pretrained(tmp_path / "run" / "model").generate(["who made Amber"])
