@@ -70,7 +70,8 @@ class RagLightningModule(L.LightningModule):
         self.reduction: Reduction = reduction
         self.generate_in_validation = generate_in_validation
         self.retrieval_utility = retrieval_utility
-        self.trained = optim.trained_parts(objective.trains) if learns else ()
+        wanted = [part for part in objective.trains if part != "fusion" or part in modules_of(model)]
+        self.trained = optim.trained_parts(wanted) if learns else ()
         if learns:
             freeze_all_but(model, self.trained)
         self.metrics = nn.ModuleDict(
