@@ -222,7 +222,12 @@ def check_predict(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None
 
 def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     config = compose("report", "runs=outputs/x", "order=[b,a]")
-    assert OmegaConf.to_container(config, resolve=True) == {"runs": "outputs/x", "order": ["b", "a"]}
+    assert OmegaConf.to_container(config, resolve=True) == {
+        "runs": "outputs/x",
+        "order": ["b", "a"],
+        "curve": None,
+        "metrics": ["exact_match", "recall@1", "recall@5"],
+    }
 
 
 def check_mine(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
