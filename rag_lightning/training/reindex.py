@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from rag_lightning.errors import ConfigError, RagError
 from rag_lightning.index.locks import SnapshotLock
 from rag_lightning.metrics.diagnostics import overlap_at_k
+from rag_lightning.training.async_refresh import AsyncRefresher
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
-from rag_lightning.training.refresh import AsyncRefresher, Refresher, SyncRefresher
+from rag_lightning.training.refresh import Refresher, SyncRefresher
 from rag_lightning.training.staleness import freshness, take_probe
 from rag_lightning.utils import distributed
 
@@ -92,7 +93,7 @@ class ReindexCallback(L.Callback):
 
     Args:
         mode: ``sync`` encodes in the training processes while training waits; ``async`` leaves it to a process of its
-            own, see :class:`~rag_lightning.training.refresh.AsyncRefresher`.
+            own, see :class:`~rag_lightning.training.async_refresh.AsyncRefresher`.
         schedule: See :meth:`ReindexSchedule.parse`; nothing never refreshes.
         trigger: ``schedule`` refreshes when the schedule says so; ``staleness`` measures then, and refreshes where the
             live index has drifted, see :func:`~rag_lightning.training.staleness.freshness`.

@@ -28,8 +28,8 @@ from rag_lightning.retrieval import index_builder
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.retrieval.index_builder import IndexBuilder, RefreshJob, copy_of_passage_tower, write_job
 from rag_lightning.text.tokenizers import load_tokenizer
+from rag_lightning.training.async_refresh import AsyncRefresher
 from rag_lightning.training.live_index import LiveIndex
-from rag_lightning.training.refresh import AsyncRefresher
 from rag_lightning.training.reindex import _check_settings
 
 BOTH = {"train_passage_encoder": True}
