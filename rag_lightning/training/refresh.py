@@ -1,8 +1,8 @@
 """How a refresh is carried out: in the training processes while they wait, or in a process of its own.
 
-Both (:class:`SyncRefresher`, and :mod:`rag_lightning.training.async_refresh`) go through the same two moments, always at
-the end of an optimiser step: ``begin`` takes the passage tower as it is, ``finish`` hands over the new snapshot in all
-processes at once.
+Both (:class:`SyncRefresher`, and :mod:`rag_lightning.training.async_refresh`) go through the same two moments, always
+at the end of an optimiser step: ``begin`` takes the passage tower as it is, ``finish`` hands over the new snapshot in
+all processes at once.
 """
 
 from typing import Protocol
