@@ -33,8 +33,6 @@ from rag_lightning.retrieval.encode import PassageTokens, encode_questions, enco
 from rag_lightning.training.encode_corpus import BuildSettings, encode_corpus
 from rag_lightning.utils.io import write_json
 
-_NUM_GENERATED_QUERIES = 1000
-
 
 def run(config: DictConfig) -> None:
     """Plans, builds, verifies or describes a snapshot."""
@@ -146,8 +144,6 @@ def _build_generated(config: DictConfig) -> Snapshot:
         factory=settings.factory,
         metric=settings.metric,
         step=config.step,
-        recall_queries=vectors.queries(_NUM_GENERATED_QUERIES),
-        recall_at=config.recall_at,
     )
 
 

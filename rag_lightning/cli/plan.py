@@ -40,6 +40,7 @@ def timed(plan: IndexPlan, settings: BuildSettings, folder: Path, encode_s: floa
     speed = calibrate(
         plan.factory,
         plan.dimension,
+        num_vectors=plan.num_vectors,
         metric=settings.metric,
         storage=plan.storage,
         folder=folder,

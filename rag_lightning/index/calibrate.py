@@ -2,13 +2,14 @@
 
 Training is ``p min(n, 65536) + q min(n, 256 L) L`` seconds for n training vectors and L lists: codes are trained on at
 most 65,536 vectors, k-means on 256 a list, and it compares every vector with every list. Adding a vector costs
-``a + b L`` seconds with lists, ``a + b log2 n`` in an HNSW graph of n nodes, and ``a`` otherwise. The constants come
-from builds of 10,000 vectors, with lists for two numbers of them, and from a graph that doubles up to 40,000, over
-generated vectors (:mod:`~rag_lightning.index.generated`), so nothing of the corpus needs to be encoded. Expect some ten
-percent, more on a machine that is busy with other things.
+``a + b L`` seconds with lists and ``a`` without. In an HNSW graph of n nodes it costs ``a n^b``: the logarithm of the
+theory, and a memory that answers more slowly the more of it there is, which a small graph does not show. So the graph
+is grown, by doubling, to a quarter of what is wanted, or for some forty seconds; the last two doublings give a and b.
+The others take 40,000 vectors, with lists for two numbers of them (fewer would not do: below some 20,000 FAISS trains
+codes in another way, ten times slower). All are generated vectors (:mod:`~rag_lightning.index.generated`), so nothing
+of the corpus needs to be encoded. Expect some fifteen percent, more on a machine that is busy with other things.
 """
 
-import itertools
 import math
 import re
 import tempfile
@@ -31,10 +32,12 @@ from rag_lightning.index.vectors import Storage
 
 CODE_TRAINING_ROWS = 65_536
 LIST_TRAINING_ROWS = 256
-_ROWS = 10_000
-_LISTS = (32, 128)
 Pair = tuple[float, float]
-_GRAPH_ROWS = (2_500, 5_000, 10_000, 20_000, 40_000)
+_ROWS = 40_000
+_LISTS = (32, 128)
+_FIRST_GRAPH_ROWS = 5_000
+_GRAPH_SECONDS = 40.0
+_GRAPH_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,8 @@ class BuildSpeed:
         if size.trains:
             seconds += float(np.dot(self.train, _training_terms(min(rows, num_vectors), size.num_lists)))
         a, b = self.add
-        if size.graph_links > 0:  # the integral of a + b log2 n
-            return seconds + num_vectors * (a + b * (math.log2(num_vectors) - 1 / math.log(2)))
+        if size.graph_links > 0:  # the integral of a n^b
+            return seconds + a * math.exp((b + 1) * math.log(num_vectors)) / (b + 1)
         return seconds + num_vectors * (a + b * size.num_lists)
 
 
@@ -75,6 +78,7 @@ def calibrate(
     factory: str,
     dimension: int,
     *,
+    num_vectors: int,
     metric: Metric = "inner_product",
     storage: Storage = "float32",
     folder: Path,
@@ -85,6 +89,7 @@ def calibrate(
     Args:
         factory: ``exact`` or a FAISS factory string.
         dimension: D.
+        num_vectors: How many are planned.
         metric: What to rank by.
         storage: How vectors are stored.
         folder: On the disk that the snapshot will be written to; what is written there is removed.
@@ -94,41 +99,52 @@ def calibrate(
         ConfigError: A factory that FAISS rejects, or one that cannot be planned.
         MissingExtraError: A FAISS factory without FAISS.
     """
-    vectors = GeneratedVectors(num_vectors=max(_GRAPH_ROWS), dimension=dimension, seed=seed)
-    rows_ND = torch.cat(list(vectors.blocks()))
+    size = index_size(factory, dimension) if factory != "exact" else None
+    rows_ND = _generated(range(_ROWS), dimension, seed)
     write_s = _write_seconds(rows_ND, storage, folder)
     plain_s = write_s if storage == "float32" else _write_seconds(rows_ND, "float32", folder)
     byte_s = plain_s / (4 * dimension)
-    if factory == "exact":
+    if size is None:
         return BuildSpeed(write_s=write_s, byte_s=byte_s)
-    size = index_size(factory, dimension)
-    train, add = _train_and_add(factory, size, rows_ND, metric)
+    if size.graph_links > 0:
+        train, add = _graph_speed(factory, size, dimension, metric, num_vectors, seed)
+    else:
+        train, add = _train_and_add(factory, size, rows_ND, metric)
     return BuildSpeed(write_s=write_s, byte_s=byte_s, train=train, add=add)
 
 
+def _generated(rows: range, dimension: int, seed: int) -> Float[Tensor, "N D"]:
+    return torch.cat(list(GeneratedVectors(num_vectors=rows.stop, dimension=dimension, seed=seed).blocks(rows)))
+
+
 def _train_and_add(factory: str, size: IndexSize, rows_ND: Float[Tensor, "N D"], metric: Metric) -> tuple[Pair, Pair]:
-    if size.graph_links > 0:
-        return _graph_speed(factory, size, rows_ND, metric)
     train_terms, add_terms, trained, added = [], [], [], []
     for num_lists in _LISTS if size.num_lists > 0 else (0,):
         named = re.sub(r"IVF\d+", f"IVF{num_lists}", factory)
-        index, seconds = _built(rows_ND[:_ROWS], named, metric)
-        added.append(_seconds_a_row(index, rows_ND[_ROWS:]))
+        index, seconds = _built(rows_ND, named, metric)
+        added.append(_seconds_a_row(index, rows_ND))
         add_terms.append((1.0, float(num_lists)))
-        trained.append(max(0.0, seconds - _ROWS * added[-1]))
-        train_terms.append(_training_terms(_ROWS, num_lists))
+        trained.append(max(0.0, seconds - len(rows_ND) * added[-1]))
+        train_terms.append(_training_terms(len(rows_ND), num_lists))
     return _solve(train_terms, trained) if size.trains else (0.0, 0.0), _solve(add_terms, added)
 
 
-def _graph_speed(factory: str, size: IndexSize, rows_ND: Float[Tensor, "N D"], metric: Metric) -> tuple[Pair, Pair]:
-    """The graph grows by doubling, each part timed."""
-    index, seconds = _built(rows_ND[: _GRAPH_ROWS[0]], factory, metric)
-    terms, added = [], []
-    for start, stop in itertools.pairwise(_GRAPH_ROWS):
-        added.append(_seconds_a_row(index, rows_ND[start:stop]))
-        terms.append((1.0, math.log2((start + stop) / 2)))
-    per_row = max(0.0, seconds / _GRAPH_ROWS[0] - added[0]) if size.trains else 0.0
-    return (per_row, 0.0), _solve(terms, added)
+def _graph_speed(
+    factory: str, size: IndexSize, dimension: int, metric: Metric, num_vectors: int, seed: int
+) -> tuple[Pair, Pair]:
+    begun = time.perf_counter()
+    rows = _ROWS if size.trains else _FIRST_GRAPH_ROWS
+    first = rows
+    index, built_s = _built(_generated(range(rows), dimension, seed), factory, metric)
+    costs: list[Pair] = []
+    most = min(num_vectors // 4, _GRAPH_BYTES // (4 * dimension))
+    while len(costs) < 2 or (rows < most and time.perf_counter() - begun < _GRAPH_SECONDS):
+        costs.append((1.5 * rows, _seconds_a_row(index, _generated(range(rows, 2 * rows), dimension, seed))))
+        rows *= 2
+    (before, before_s), (last, last_s) = costs[-2:]
+    exponent = min(1.0, max(0.0, math.log(last_s / before_s) / math.log(last / before)))
+    per_row = max(0.0, built_s / first - costs[0][1]) if size.trains else 0.0
+    return (per_row, 0.0), (last_s / last**exponent, exponent)
 
 
 def _training_terms(rows: int, num_lists: int) -> Pair:
