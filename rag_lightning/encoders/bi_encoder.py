@@ -299,7 +299,14 @@ class BiEncoder(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any]) -> "BiEncoder":
-        """Reads what :meth:`save` wrote; a folder with a passage tower alone gives an encoder of that tower."""
+        """Reads what :meth:`save` wrote.
+
+        Shared towers may lie in ``passage`` instead of ``query``: so a passage tower is handed on alone.
+
+        Raises:
+            MissingFileError: A tower's folder is not there.
+            CheckpointError: A tower's folder lacks weights.
+        """
         settings = dict(settings)
         shared, has_passage_tower = settings.pop("shared"), settings.pop("has_passage_tower")
         of_tower = {name: settings.pop(name) for name in ("pooling", "projection_dim", "normalise")}
@@ -310,12 +317,11 @@ class BiEncoder(nn.Module):
             loaded.load_projection(directory / role)
             return loaded
 
-        passage: Tower | None
-        if (directory / "query").is_dir():
-            query = tower("query")
-            passage = (query if shared else tower("passage")) if has_passage_tower else None
-        else:
-            query = passage = tower("passage")
+        alone = shared and (directory / "passage").is_dir()
+        query = tower("passage" if alone else "query")
+        passage: Tower | None = None
+        if has_passage_tower:
+            passage = query if shared else tower("passage")
         has_tokenizer = (directory / "tokenizer").is_dir()
         tokenizer = load_tokenizer(directory / "tokenizer") if has_tokenizer else None
         return cls(query=query, passage=passage, tokenizer=tokenizer, **settings)

@@ -38,6 +38,8 @@ _LISTS = (32, 128)
 _FIRST_GRAPH_ROWS = 5_000
 _GRAPH_SECONDS = 40.0
 _GRAPH_BYTES = 512 * 2**20
+_MAX_EXPONENT = 0.5
+"""Of a graph's cost a row. Measured ones are 0.1 to 0.3; more is a busy machine, which extrapolation would multiply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ def _graph_speed(
         costs.append((1.5 * rows, _seconds_a_row(index, _generated(range(rows, 2 * rows), dimension, seed))))
         rows *= 2
     (before, before_s), (last, last_s) = costs[-2:]
-    exponent = min(1.0, max(0.0, math.log(last_s / before_s) / math.log(last / before)))
+    exponent = min(_MAX_EXPONENT, max(0.0, math.log(last_s / before_s) / math.log(last / before)))
     per_row = max(0.0, built_s / first - costs[0][1]) if size.trains else 0.0
     return (per_row, 0.0), (last_s / last**exponent, exponent)
 
