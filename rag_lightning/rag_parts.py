@@ -95,18 +95,26 @@ class RetrieverSource:
 
     def relative_to(self, directory: Path) -> "RetrieverSource":
         """Returns the same places as seen from ``directory``."""
-        return self._moved(lambda place: os.path.relpath(place, directory))
+        place = self.settings.cross_encoder
+        is_folder = place is not None and Path(place).is_dir()  # and no hub id
+        return self._moved(lambda place: os.path.relpath(place, directory), moves_cross_encoder=is_folder)
 
     def resolved_in(self, directory: Path) -> "RetrieverSource":
         """Undoes :meth:`relative_to`."""
-        return self._moved(lambda place: os.path.normpath(directory / place))
+        place = self.settings.cross_encoder
+        is_folder = place is not None and (directory / place).is_dir()
+        return self._moved(lambda place: os.path.normpath(directory / place), moves_cross_encoder=is_folder)
 
-    def _moved(self, move: Callable[[str], str]) -> "RetrieverSource":
+    def _moved(self, move: Callable[[str], str], *, moves_cross_encoder: bool) -> "RetrieverSource":
+        settings = self.settings
+        if moves_cross_encoder and settings.cross_encoder is not None:
+            settings = replace(settings, cross_encoder=move(settings.cross_encoder))
         return replace(
             self,
             passages=self.passages if self.passages.startswith("bundled:") else move(self.passages),
             snapshot=move(self.snapshot) if self.snapshot is not None else None,
             bm25=move(self.bm25) if self.bm25 is not None else None,
+            settings=settings,
         )
 
 
@@ -213,7 +221,7 @@ def open_retriever(source: RetrieverSource, *, encoder: BiEncoder | None, fusion
                 f"this model retrieves by vectors (kind={settings.kind}): expected an encoder and an index snapshot, "
                 "came a model without. Pass a retriever that needs none, or load the model that was trained."
             )
-        snapshot = open_snapshot(Path(source.snapshot), encoder_hash=encoder.passage_hash(), corpus_hash=corpus.hash)
+        snapshot = open_snapshot(Path(source.snapshot), encoder_hash=encoder.index_hash(), corpus_hash=corpus.hash)
         dense = DenseRetriever(snapshot, corpus)
         if settings.rerank == "live":
             reencode = live_vectors(encoder, PassageTokens(encoder=encoder, corpus=corpus))

@@ -162,7 +162,7 @@ def _verify(config: DictConfig) -> None:
         raise ConfigError("index action=verify: expected snapshot=FOLDER, came none")
     corpus_hash = PassageCorpus.read(config.passages).hash if config.passages is not None else None
     encoder = _encoder(config) if config.checkpoint is not None or config.questions is not None else None
-    encoder_hash = encoder.passage_hash() if encoder is not None else None
+    encoder_hash = encoder.index_hash() if encoder is not None else None
     snapshot = open_snapshot(Path(config.snapshot), encoder_hash=encoder_hash, corpus_hash=corpus_hash)
     checked = ["checksums", *(["encoder"] if encoder_hash else []), *(["corpus"] if corpus_hash else [])]
     _say(f"{snapshot.id}: {', '.join(checked)} verified")

@@ -13,7 +13,7 @@ from rag_lightning.corpora.questions import read_questions
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
 from rag_lightning.index import bm25
-from rag_lightning.index.base import Index
+from rag_lightning.index.base import Index, Metric
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.snapshot import open_snapshot
 from rag_lightning.retrieval.encode import PassageTokens, encode_passages
@@ -71,22 +71,34 @@ def _sparse(config: DictConfig, corpus: PassageCorpus) -> Search:
 
 
 def _dense(config: DictConfig, corpus: PassageCorpus) -> Search:
-    encoder = (
-        instantiate(config.encoder) if config.checkpoint is None else load_checkpoint(config.checkpoint)[0].encoder
-    )
-    if encoder is None:
-        raise ConfigError(f"{config.checkpoint}: a closed-book model has no encoder to mine with")
-    assert isinstance(encoder, BiEncoder)
+    encoder, metric = _encoder_and_metric(config)
     device = torch.device(config.device)
     encoder.to(device).eval()
     if config.snapshot is None:
-        return dense_search(encoder, _encoded(encoder, config, corpus))
-    encoder_hash = encoder.passage_hash() if encoder.passage is not None else None
-    index = open_snapshot(Path(config.snapshot), encoder_hash=encoder_hash, corpus_hash=corpus.hash).index
-    return dense_search(encoder, index)
+        return dense_search(encoder, _encoded(encoder, metric or "inner_product", config, corpus))
+    place = Path(config.snapshot)
+    snapshot = open_snapshot(place, encoder_hash=encoder.index_hash(), corpus_hash=corpus.hash, metric=metric)
+    return dense_search(encoder, snapshot.index)
 
 
-def _encoded(encoder: BiEncoder, config: DictConfig, corpus: PassageCorpus) -> Index:
+def _encoder_and_metric(config: DictConfig) -> tuple[BiEncoder, Metric | None]:
+    """Returns the encoder, and what it ranks by where that is known: by the model's metric, or the one asked for."""
+    if config.checkpoint is None:
+        encoder = instantiate(config.encoder)
+        assert isinstance(encoder, BiEncoder)
+        return encoder, config.metric
+    model, _ = load_checkpoint(config.checkpoint)
+    if model.encoder is None:
+        raise ConfigError(f"{config.checkpoint}: a closed-book model has no encoder to mine with")
+    if config.metric not in (None, model.settings.metric):
+        raise ConfigError(
+            f"metric: expected {model.settings.metric}, by which the model of {config.checkpoint} was trained, came "
+            f"{config.metric}. Leave metric out."
+        )
+    return model.encoder, model.settings.metric
+
+
+def _encoded(encoder: BiEncoder, metric: Metric, config: DictConfig, corpus: PassageCorpus) -> Index:
     store = open_or_build(
         (encoder.passage_text(passage) for passage in corpus),
         encoder.tokenizer,
@@ -96,5 +108,8 @@ def _encoded(encoder: BiEncoder, config: DictConfig, corpus: PassageCorpus) -> I
         max_tokens=encoder.max_passage_tokens,
     )
     tokens = PassageTokens(encoder=encoder, corpus=corpus, store=store)
-    vectors_ND = torch.cat(list(encode_passages(encoder, tokens, range(len(corpus)), batch_size=config.batch_size)))
-    return ExactIndex(vectors_ND, metric=config.metric, device=config.device)
+    vectors_ND, filled = torch.empty(len(corpus), encoder.dimension), 0
+    for block_MD in encode_passages(encoder, tokens, range(len(corpus)), batch_size=config.batch_size):
+        vectors_ND[filled : filled + len(block_MD)] = block_MD
+        filled += len(block_MD)
+    return ExactIndex(vectors_ND, metric=metric, device=config.device)

@@ -262,6 +262,10 @@ class BiEncoder(nn.Module):
         ]
         return hash_texts(decides)
 
+    def index_hash(self) -> str | None:
+        """Returns :meth:`passage_hash`; None without a passage tower, where nothing tells which indexes are its own."""
+        return self.passage_hash() if self.passage is not None else None
+
     def passage_tower(self) -> Tower:
         """Returns the passage tower.
 

@@ -26,7 +26,7 @@ def build_index(
         vectors_ND: The rows; a memory map is not read whole.
         factory: ``exact``, or a FAISS factory string.
         metric: What to rank by.
-        device: Where to search; a CUDA device moves a FAISS index to every visible GPU. None is the CPU.
+        device: Where to search; FAISS searches on the CPU what it cannot search there. None is the CPU.
         num_training_vectors: See :meth:`FaissIndex.build`, as for those that follow.
         nprobe: Inverted lists visited for each query.
         ef_search: Breadth of the graph search.
@@ -57,14 +57,5 @@ def build_index(
         nprobe=nprobe,
         ef_search=ef_search,
         seed=seed,
-        gpu=on_gpu(device),
+        device=device,
     )
-
-
-def on_gpu(device: torch.device | str | None) -> bool:
-    """Whether a device is a CUDA device.
-
-    >>> on_gpu("cuda:0"), on_gpu(None)
-    (True, False)
-    """
-    return device is not None and torch.device(device).type == "cuda"

@@ -4,6 +4,7 @@ Use it when exact search is too slow: ``"HNSW32"`` for up to some million passag
 ``"OPQ64,IVF16384,PQ64"`` beyond. Factory strings are FAISS's own (Johnson et al. 2017; its wiki, "The index factory").
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from rag_lightning.index.base import (
 )
 from rag_lightning.index.vectors import StoredVectors, Vectors, as_tensor, blocks, check_vectors, check_width
 from rag_lightning.utils.io import existing_file
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.faiss"
 
@@ -53,7 +56,7 @@ class FaissIndex:
         self._index = index
         self._metric = as_metric(metric)
         self.factory = factory
-        self._on_gpu = False
+        self._gpu_resources: Any = None
 
     @classmethod
     def build(
@@ -66,7 +69,7 @@ class FaissIndex:
         nprobe: int | None = None,
         ef_search: int | None = None,
         seed: int = 0,
-        gpu: bool = False,
+        device: torch.device | str | None = None,
     ) -> "FaissIndex":
         """Builds, trains where the factory needs it, and fills an index; row numbers are those of ``vectors_ND``.
 
@@ -79,13 +82,13 @@ class FaissIndex:
             nprobe: Inverted lists visited for each query (IVF factories); None keeps FAISS's 1.
             ef_search: Breadth of the graph search (HNSW factories); None keeps FAISS's 16.
             seed: Seeds the draw of training rows and the clustering.
-            gpu: Search on every visible GPU; needs the ``gpu`` extra.
+            device: Where to search, if FAISS can do it there (:meth:`on_device`).
 
         Raises:
             ConfigError: A factory that FAISS rejects or that does not fit the vectors, or a search parameter that the
                 factory does not have.
             DataError: No vectors, NaN or infinity among them, or a zero one under cosine.
-            MissingExtraError: FAISS, or its GPU build, is not installed.
+            MissingExtraError: FAISS is not installed.
         """
         faiss = _import_faiss(f"The index factory '{factory}' (factory 'exact' needs nothing)")
         as_metric(metric)
@@ -109,7 +112,7 @@ class FaissIndex:
         except RuntimeError as error:
             hint = "Use fewer clusters or codes for so few vectors, or another factory"
             raise _refused(factory, vectors_ND, error, hint) from error
-        return index.to_gpu() if gpu else index
+        return index.on_device(device)
 
     @property
     def metric(self) -> Metric:
@@ -153,28 +156,45 @@ class FaissIndex:
         check_vectors(vectors_ND, self.dimension)
         self._append(vectors_ND)
 
-    def to_gpu(self) -> "FaissIndex":
-        """Returns a copy on every visible GPU.
+    def on_device(self, device: torch.device | str | None) -> "FaissIndex":
+        """Returns a copy on a GPU where FAISS can search there, and otherwise this index, which the CPU searches.
+
+        FAISS's usual build has no GPU support, and graphs have no GPU form: that is logged, and no error.
+        """
+        if device is None or torch.device(device).type != "cuda":
+            return self
+        try:
+            return self.to_gpu(device)
+        except (MissingExtraError, ConfigError) as error:
+            logger.warning("the index is searched on the CPU: %s", error)
+            return self
+
+    def to_gpu(self, device: torch.device | str = "cuda") -> "FaissIndex":
+        """Returns a copy on one GPU: with several processes, each has its index or shard on its own.
 
         Raises:
             MissingExtraError: This FAISS has no GPU support.
-            ConfigError: No GPU is visible, or the factory has no GPU form.
+            ConfigError: FAISS does not see that GPU, or the factory has no GPU form.
         """
         faiss = _import_faiss("Searching on a GPU")
-        if not hasattr(faiss, "index_cpu_to_all_gpus"):
+        if not hasattr(faiss, "StandardGpuResources"):
             raise MissingExtraError("faiss-gpu", "gpu", "Searching a FAISS index on a GPU")
-        if faiss.get_num_gpus() == 0:
+        number = torch.device(device).index
+        number = number if number is not None else torch.cuda.current_device()
+        if number >= faiss.get_num_gpus():
             raise ConfigError(
-                "gpu: expected a visible GPU for the FAISS index, found none. Leave the index on the CPU."
+                f"device {device}: expected one of the {faiss.get_num_gpus()} GPUs that FAISS sees. "
+                "Leave the index on the CPU, or check CUDA_VISIBLE_DEVICES."
             )
+        resources = faiss.StandardGpuResources()
         try:
-            raw = faiss.index_cpu_to_all_gpus(self._index)
+            raw = faiss.index_cpu_to_gpu(resources, number, self._index)
         except RuntimeError as error:
             raise ConfigError(
                 f"index factory {self.factory!r}: FAISS has no GPU form of it: {_brief(error)}"
             ) from error
         moved = FaissIndex(raw, metric=self._metric, factory=self.factory)
-        moved._on_gpu = True
+        moved._gpu_resources = resources  # FAISS does not keep them alive
         return moved
 
     def save(self, directory: Path) -> None:
@@ -184,7 +204,7 @@ class FaissIndex:
             OSError: The files could not be written whole, for instance because the disk is full.
         """
         faiss = _import_faiss("Saving a FAISS index")
-        index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        index = faiss.index_gpu_to_cpu(self._index) if self._gpu_resources is not None else self._index
         try:
             faiss.write_index(index, str(directory / INDEX_FILE))
         except RuntimeError as error:
@@ -192,13 +212,17 @@ class FaissIndex:
         write_settings(directory, self.factory, self._metric)
 
     @classmethod
-    def load(cls, directory: Path, *, gpu: bool = False) -> "FaissIndex":
+    def load(cls, directory: Path, *, device: torch.device | str | None = None) -> "FaissIndex":
         """Reads what ``save`` wrote.
+
+        Args:
+            directory: Where.
+            device: Where to search, if FAISS can do it there (:meth:`on_device`).
 
         Raises:
             MissingFileError: No index there.
             CorruptSnapshotError: FAISS cannot read the file, or it ranks by another metric than the settings say.
-            MissingExtraError: FAISS, or its GPU build, is not installed.
+            MissingExtraError: FAISS is not installed.
         """
         factory, metric = read_settings(directory, "FAISS index settings")
         faiss = _import_faiss(f"An index of factory '{factory}'")
@@ -212,7 +236,7 @@ class FaissIndex:
         if (raw.metric_type == faiss.METRIC_L2) != (metric == "l2"):
             raise CorruptSnapshotError(f"{path}: expected an index of metric {metric!r}, came another. Build it again.")
         index = cls(raw, metric=metric, factory=factory)
-        return index.to_gpu() if gpu else index
+        return index.on_device(device)
 
     def _train(self, faiss: Any, vectors_ND: Vectors, num_training_vectors: int | None, seed: int) -> None:
         if self._index.is_trained:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingFileError, StaleIndexError
 from rag_lightning.index.base import MISSING_ID, Index, Metric, as_metric
-from rag_lightning.index.build import on_gpu
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import FaissIndex
 from rag_lightning.index.vector_files import VECTORS_FILE
@@ -184,7 +183,7 @@ def open_snapshot(
     if manifest.factory == "exact":
         index = ExactIndex(vectors_ND, metric=manifest.metric, device=device)
     else:
-        index = FaissIndex.load(path, gpu=on_gpu(device))
+        index = FaissIndex.load(path, device=device)
     found = (index.num_vectors, index.dimension, index.metric)
     if found != (manifest.num_vectors, manifest.dimension, manifest.metric):
         raise _torn(path, f"an index of {manifest.num_vectors} x {manifest.dimension}, {manifest.metric}", str(found))

@@ -51,6 +51,7 @@ class Refresh:
         step: When it began.
         folder: Its job.
         attempts: How often the builder was asked.
+        submitted: When it was last asked, on the clock of ``time.monotonic``.
         export: Writes the job, on rank 0.
         opening: Opens the finished snapshot.
         opened: What came of it: the snapshot, or why not.
@@ -59,6 +60,7 @@ class Refresh:
     step: int
     folder: Path
     attempts: int = 0
+    submitted: float = 0.0
     export: threading.Thread | None = None
     opening: threading.Thread | None = None
     opened: Snapshot | Exception | None = None
@@ -89,6 +91,7 @@ class AsyncRefresher:
         lag_steps: Take the new snapshot live exactly so many steps after the refresh began, waiting if need be: a run
             can then be repeated exactly, and 0 is a refresh without lag. None takes it as soon as it is there.
         max_attempts: How often to try a refresh.
+        timeout_s: Seconds after which an attempt is given up and its builder killed.
         niceness: Added to the builder's, so that training comes first where cores are shared.
     """
 
@@ -101,6 +104,7 @@ class AsyncRefresher:
         num_threads: int | None = None,
         lag_steps: int | None = None,
         max_attempts: int = 3,
+        timeout_s: float = 21_600.0,
         niceness: int = 5,
     ) -> None:
         self._passages = passages if passages.startswith("bundled:") else str(Path(passages).absolute())
@@ -109,6 +113,7 @@ class AsyncRefresher:
         self._num_threads = num_threads
         self._lag_steps = lag_steps
         self._max_attempts = max_attempts
+        self._timeout_s = timeout_s
         self._niceness = niceness
         self._process: subprocess.Popen[str] | None = None
         self._current: Refresh | None = None
@@ -247,6 +252,7 @@ class AsyncRefresher:
 
     def _submit(self, index: LiveIndex, refresh: Refresh) -> None:
         refresh.attempts += 1
+        refresh.submitted = time.monotonic()
         try:
             self._start_builder(index)
             assert self._process is not None
@@ -284,6 +290,9 @@ class AsyncRefresher:
         elif self._process is None or self._process.poll() is not None:
             status = self._process.returncode if self._process is not None else None
             reason = f"the index builder ended with status {status}"
+        elif time.monotonic() - refresh.submitted > self._timeout_s:
+            reason = f"the index builder did not finish within {self._timeout_s:g} seconds (reindex.timeout_s)"
+            self._end_builder()
         if reason is None:
             return
         again = refresh.attempts < self._max_attempts

@@ -87,8 +87,10 @@ class LiveIndex:
 
     @property
     def step(self) -> int:
-        """The optimiser step at which the live snapshot's encoder stood."""
-        return self.retriever.snapshot.manifest.step if self.retriever is not None else 0
+        """This run's optimiser step at which the live snapshot's encoder stood; 0 for a snapshot of another run."""
+        if self.retriever is None or self.retriever.snapshot.path.parent.absolute() != self.root.absolute():
+            return 0
+        return self.retriever.snapshot.manifest.step
 
     @property
     def device(self) -> torch.device:
@@ -245,8 +247,7 @@ class LiveIndex:
 
     def _open_ready(self, path: str) -> Snapshot:
         encoder = self.model.encoder
-        has_tower = encoder is not None and encoder.passage is not None
-        encoder_hash = encoder.passage_hash() if encoder is not None and has_tower else None
+        encoder_hash = encoder.index_hash() if encoder is not None else None
         opened = open_snapshot(
             path,
             encoder_hash=encoder_hash,

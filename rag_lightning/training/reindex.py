@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rag_lightning.errors import ConfigError, RagError
 from rag_lightning.index.locks import SnapshotLock
@@ -106,6 +106,8 @@ class ReindexCallback(L.Callback):
         lag_steps: For ``async``: take the new snapshot live after exactly so many steps; by default as soon as it is
             there.
         max_attempts: For ``async``: how often to try one refresh.
+        timeout_s: For ``async``: seconds after which an attempt is given up, so that a builder that hangs is not waited
+            for without end.
 
     Raises:
         ConfigError: A mode, trigger or number out of range, or a setting that nothing would read.
@@ -125,8 +127,11 @@ class ReindexCallback(L.Callback):
         num_threads: int | None = None,
         lag_steps: int | None = None,
         max_attempts: int = 3,
+        timeout_s: float = 21_600.0,
     ) -> None:
         _check_settings(mode, trigger, min_overlap, num_candidates, probe_size, keep_last, lag_steps, max_attempts)
+        if timeout_s <= 0:
+            raise ConfigError(f"reindex.timeout_s: expected seconds above 0, got {timeout_s}")
         self.mode = mode
         self.schedule = ReindexSchedule.parse(schedule)
         self.trigger = trigger
@@ -138,6 +143,7 @@ class ReindexCallback(L.Callback):
         self.num_threads = num_threads
         self.lag_steps = lag_steps
         self.max_attempts = max_attempts
+        self.timeout_s = timeout_s
         self.refresher: Refresher = SyncRefresher()
         self._lock: SnapshotLock | None = None
         self._last_step = 0
@@ -167,6 +173,7 @@ class ReindexCallback(L.Callback):
                 num_threads=self.num_threads,
                 lag_steps=self.lag_steps,
                 max_attempts=self.max_attempts,
+                timeout_s=self.timeout_s,
             )
         if data.index is not None:
             self._take_folder(data)
@@ -317,7 +324,7 @@ class ReindexCallback(L.Callback):
                 self._stalls.append(time.perf_counter() - start)
             return
         probe = take_probe(module.model, data, self.probe_size)
-        replaced = data.dense.snapshot.manifest.step
+        replaced = data.snapshot_step
         before_PK = probe.search(data) if probe is not None else None
         data.index.go_live(snapshot)
         values = {
@@ -358,7 +365,7 @@ def _recall_of(data: RagDataModule) -> dict[str, float]:
 
 
 def _check_strategy(trainer: L.Trainer) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise ConfigError(
             f"reindex.mode=async: expected a strategy that keeps the passage tower whole in each process (one device, "
             f"ddp), came {type(trainer.strategy).__name__}, which may divide it. Use reindex.mode=sync."

@@ -156,6 +156,29 @@ def test_a_builder_that_is_killed_costs_an_attempt_and_no_more(tiny_run, caplog)
     assert whole(run.data.index_dir) == [0, 5]
 
 
+class Hanging(Slow):
+    """Stops the first builder for good, and gives the second all the time it needs."""
+
+    first = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        refresher = trainer.callbacks[0].refresher
+        if self.first is None:
+            self.first = refresher._process.pid
+            os.kill(self.first, signal.SIGSTOP)
+        elif refresher._process is not None and refresher._process.pid != self.first:
+            refresher._timeout_s = 600.0
+
+
+def test_a_builder_that_hangs_is_not_waited_for_without_end(tiny_run, caplog):
+    reindex = {"mode": "async", "timeout_s": 0.5}
+    run = tiny_run(
+        schedule="0-5:5", optim=BOTH, max_steps=100_000, max_epochs=-1, reindex=reindex, callbacks=[Hanging()]
+    ).fit()
+    assert caplog.text.count("the index builder did not finish within 0.5 seconds (reindex.timeout_s)") == 1
+    assert {int(name[4:12]) for name in run.recorder.snapshots} == {0, 5}
+
+
 def test_a_refresh_that_cannot_be_done_is_given_up_and_training_goes_on(tiny_run, monkeypatch, caplog):
     monkeypatch.setattr(LiveIndex, "job", _wrong_corpus(LiveIndex.job))
     run = tiny_run(
@@ -194,6 +217,8 @@ def test_settings_that_nothing_would_read_are_refused(tiny_run):
     ]:
         with pytest.raises(ConfigError, match=message):
             tiny_run(reindex=settings, schedule=2)
+    with pytest.raises(ConfigError, match="reindex.timeout_s: expected seconds above 0, got 0"):
+        tiny_run(reindex={"mode": "async", "timeout_s": 0.0}, schedule=2)
     usual = ["sync", "schedule", 0.9, 50, 64, 2, None, 3]
     for place, name, choices in ((0, "mode", "sync or async"), (1, "trigger", "schedule or staleness")):
         wrong = [*usual[:place], "later", *usual[place + 1 :]]

@@ -341,6 +341,9 @@ def test_a_cross_encoder_is_loaded_from_where_the_settings_say(saved_hybrid, tin
     assert len(answers[0].passages) == 3
     assert RagModel.from_pretrained(folder / "model").generate(QUESTIONS) == answers
     (folder / "other").mkdir()
+    (tmp_path / "moved").mkdir()  # together with the model
+    folder, place = (part.rename(tmp_path / "moved" / part.name) for part in (folder, place))
+    assert RagModel.from_pretrained(folder / "model").generate(QUESTIONS) == answers
     place.rename(folder / "other" / "gone")
     with pytest.raises(MissingFileError, match="no such folder: .*cross_encoder"):
         RagModel.from_pretrained(folder / "model").generate(QUESTIONS)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_an_encoder_finds_hard_negatives_with_and_without_a_snapshot(
         assert one["negative_scores"] == pytest.approx(other["negative_scores"], abs=1e-5)
     with pytest.raises(StaleIndexError, match="encoder"):
         mined("miner=dense", f"snapshot={snapshot.path}", "encoder.max_passage_tokens=9")
+
+
+def test_a_model_is_mined_with_by_its_own_metric(mined: Mine, tiny_world: Any, tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.settings = replace(model.settings, metric="l2")
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = f"checkpoint={tmp_path / 'model'}"
+    records = checked(mined("miner=dense", checkpoint), tiny_world)
+    assert all(score <= 0 for record in records for score in record["negative_scores"])  # negated squared distances
+    with pytest.raises(ConfigError, match="metric: expected l2, by which the model of .* was trained, came cosine"):
+        mined("miner=dense", checkpoint, "metric=cosine")
 
 
 @pytest.mark.parametrize(

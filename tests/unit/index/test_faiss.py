@@ -162,13 +162,57 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
         FaissIndex.build(random_vectors(10), factory="HNSW32")
 
 
-def test_gpu_search_needs_a_gpu_build():
+def test_gpu_search_needs_a_gpu_build(caplog):
     import faiss
 
-    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
         pytest.skip("this FAISS has a GPU")
-    with pytest.raises((MissingExtraError, ConfigError), match=r"rag_lightning\[gpu\]|found none"):
-        FaissIndex.build(random_vectors(10), gpu=True)
+    rows = random_vectors(10)
+    index = FaissIndex.build(rows)
+    with pytest.raises((MissingExtraError, ConfigError), match=r"rag_lightning\[gpu\]|GPUs that FAISS sees"):
+        index.to_gpu("cuda:0")
+    # a model on a GPU must still be able to search with the usual build of FAISS
+    assert index.on_device("cuda:0") is index
+    assert "the index is searched on the CPU" in caplog.text
+    caplog.clear()
+    assert index.on_device("cpu") is index
+    assert index.on_device(None) is index
+    assert caplog.text == ""
+
+
+@pytest.fixture
+def faiss_with_gpus(monkeypatch):
+    """FAISS as if it saw two GPUs; notes where indexes go."""
+    import faiss
+
+    moves = []
+
+    def move(resources, number, index):
+        if isinstance(faiss.downcast_index(index), faiss.IndexHNSW):
+            raise RuntimeError("Error: 'false' failed: This index type is not implemented on GPU.")
+        moves.append(number)
+        return index
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", move, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index, raising=False)
+    return moves
+
+
+def test_each_process_takes_its_own_gpu(faiss_with_gpus, caplog, tmp_path):
+    rows = random_vectors(100)
+    on_gpu = FaissIndex.build(rows, device="cuda:1")
+    assert faiss_with_gpus == [1]
+    torch.testing.assert_close(on_gpu.search(rows[:3], 2), FaissIndex.build(rows).search(rows[:3], 2))
+    on_gpu.save(tmp_path)
+    FaissIndex.load(tmp_path, device="cuda:0")
+    assert faiss_with_gpus == [1, 0]
+    with pytest.raises(ConfigError, match="device cuda:2: expected one of the 2 GPUs that FAISS sees"):
+        on_gpu.to_gpu("cuda:2")
+    assert caplog.text == ""
+    FaissIndex.build(rows, factory="HNSW8", device="cuda:1")
+    assert "searched on the CPU: index factory 'HNSW8': FAISS has no GPU form of it: This index type is" in caplog.text
 
 
 def test_loading_nothing_or_torn_files_says_so(tmp_path):

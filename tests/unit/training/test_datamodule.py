@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,6 +238,9 @@ def test_a_ready_snapshot_is_used_if_it_belongs_to_tower_and_corpus(
     again = indexed(tiny_run(data={"index": IndexSettings(snapshot=str(snapshot.path))}))
     assert again.dense.snapshot_id == snapshot.id
     assert not again.index_dir.exists()  # nothing was encoded
+    manifest = replace(again.dense.snapshot.manifest, step=500)
+    again.dense.swap(replace(again.dense.snapshot, manifest=manifest))
+    assert again.snapshot_step == 0  # those were another run's steps
     with pytest.raises(StaleIndexError, match=rf"(?s){snapshot.manifest.encoder_hash[:12]}"):
         indexed(tiny_run(model=tiny_model(seed=5), data={"index": IndexSettings(snapshot=str(snapshot.path))}))
     fewer = json_lines(tmp_path / "passages.jsonl", tiny_passages[:20])

@@ -1,6 +1,8 @@
 """One process: the vectors of the plain encoder, shards that outlive a failure, and what reaches the snapshot."""
 
 import gc
+import time
+from statistics import median
 
 import lightning as L
 import numpy as np
@@ -62,7 +64,7 @@ def build(encoder, corpus, tmp_path):
         return encode_corpus(
             make_trainer=trainer,
             encoder=arguments.pop("encoder", encoder),
-            corpus=corpus,
+            corpus=arguments.pop("corpus", corpus),
             output=tmp_path / "index",
             settings=settings or BuildSettings(),
             cache_dir=tmp_path / "cache",
@@ -208,3 +210,50 @@ def test_bad_sizes_and_settings_are_refused(build, encoder):
     bare = BiEncoder(query=encoder.query, passage=encoder.passage, tokenizer=None)
     with pytest.raises(ConfigError, match="this encoder has no tokenizer"):
         build(encoder=bare)
+
+
+@pytest.mark.slow
+def test_throughput_is_that_of_the_bare_encoder(build, tiny_world, monkeypatch):
+    """From token store to shard on disk, against the tower alone on the same padded batches in memory (MiniLM's size).
+
+    Bare forwards and launched runs alternate, and the medians of three are compared. What starting a trainer takes is
+    taken off: a run over one batch.
+    """
+    monkeypatch.setattr(SnapshotStore, "finish", lambda *_, **__: None)
+    size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    large = BiEncoder.from_config(
+        model_type="bert", settings=size, tokenizer=str(tiny_world.tokenizer), shared=True, max_passage_tokens=128
+    )
+    large.eval()
+    rng = np.random.default_rng(0)
+    words = ["amber", "bridge", "copper", "dawn", "was", "made", "by", "ada", "ash", "in", "it"]
+
+    def passages(count):
+        texts = (" ".join(rng.choice(words, size=rng.integers(20, 120))) for _ in range(count))
+        made = [Passage(id=str(number), title="", text=text) for number, text in enumerate(texts)]
+        return PassageCorpus.from_passages(made)
+
+    def launched(corpus, step):
+        start = time.perf_counter()
+        build(encoder=large, corpus=corpus, step=step, batch_size=32, shard_rows=50_000)
+        return time.perf_counter() - start
+
+    few, many = passages(1), passages(512)
+    tokens = PassageTokens(encoder=large, corpus=many)
+    rows = sorted(tokens.token_ids(np.arange(len(many))), key=len, reverse=True)
+    batches = [tokens.padded(rows[first : first + 32]) for first in range(0, len(rows), 32)]
+
+    @torch.no_grad()
+    def bare():
+        start = time.perf_counter()
+        for batch in batches:
+            large.passage_tower()(batch)
+        return time.perf_counter() - start
+
+    bare()
+    launched(many, step=99)  # makes the token store
+    times = [(bare(), launched(few, turn), launched(many, turn)) for turn in range(3)]
+    forward, start_up, whole = (median(column) for column in zip(*times, strict=True))
+    figures = {"bare": forward, "launched": whole, "start": start_up, "ratio": forward / (whole - start_up)}
+    print(figures)
+    assert figures["ratio"] >= 0.95, figures
