@@ -229,15 +229,15 @@ class Contrastive:
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the contrastive loss; on batches without passages (validation) only retrieves."""
-        if model.encoder is None or batch.query is None:
-            raise ConfigError("objective contrastive: expected a model with an encoder")
         ones_B = torch.ones(len(batch.questions), dtype=torch.long, device=batch.labels.device)
-        if batch.passages is None:
-            if sources.retriever is None:
-                raise DataError("objective contrastive: expected examples with their own passages")
+        if batch.passages is None and sources.retriever is not None:
             texts = [question.question for question in batch.questions]
             hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever)
             return Outcome(torch.zeros_like(scores_BK[:, 0]), ones_B, hits=hits, doc_scores_BK=scores_BK)
+        if model.encoder is None or batch.query is None:
+            raise ConfigError("objective contrastive: expected a model with an encoder")
+        if batch.passages is None:
+            raise DataError("objective contrastive: expected examples with their own passages")
         columns = self._columns(batch)
         queries_BD = self._encode(model.encoder.query, batch.query)
         tower = model.encoder.passage_tower()
