@@ -35,6 +35,11 @@ class IndexSize:
     graph_links: int = 0
     trains: bool = False
 
+    @property
+    def graph_bytes(self) -> float:
+        """Of ``bytes_per_vector``, those of the graph."""
+        return _graph_bytes(self.graph_links) if self.graph_links > 0 else 0.0
+
     def bytes_for(self, num_vectors: int) -> int:
         """Returns the size of the index file."""
         return round(self.bytes_per_vector * num_vectors + self.fixed_bytes)

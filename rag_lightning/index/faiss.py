@@ -36,7 +36,7 @@ _POINTS_PER_CENTROID = 256
 """FAISS draws no more than these for each centroid of a k-means by itself."""
 _FEWEST_POINTS_PER_CENTROID = 39
 """FAISS warns below these."""
-_TRAINING_BYTES = 256 * 1024 * 1024
+_TRAINING_BYTES = 160 * 1024 * 1024
 
 
 class FaissIndex:
@@ -108,6 +108,7 @@ class FaissIndex:
         index = cls(raw, metric=metric, factory=factory)
         try:
             index._train(faiss, vectors_ND, num_training_vectors, seed)
+            _reserve(faiss, raw, len(vectors_ND))
             index._append(vectors_ND)
         except RuntimeError as error:
             hint = "Use fewer clusters or codes for so few vectors, or another factory"
@@ -269,12 +270,12 @@ def training_sample_size(num_vectors: int, dimension: int, num_lists: int) -> in
     """Returns how many rows train an index by default, so that the sample stays small beside a large corpus.
 
     It is 256 rows for each inverted list, at least the 65,536 that the 256 codes of a product quantizer take; cut to
-    256 MiB of float32, but not below the 39 rows a list under which FAISS warns; and at most all.
+    160 MiB of float32, but not below the 39 rows a list under which FAISS warns; and at most all.
 
     >>> training_sample_size(1_000, 384, 16), training_sample_size(1_000_000, 384, 256)
     (1000, 65536)
     >>> training_sample_size(1_000_000, 384, 4096), training_sample_size(21_000_000, 768, 16384)
-    (174762, 638976)
+    (159744, 638976)
     """
     wanted = _POINTS_PER_CENTROID * max(num_lists, 256)
     affordable = max(_TRAINING_BYTES // (4 * dimension), _FEWEST_POINTS_PER_CENTROID * num_lists)
@@ -290,6 +291,17 @@ def _import_faiss(purpose: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("faiss", "faiss", purpose) from error
     return faiss
+
+
+def _reserve(faiss: Any, index: Any, num_vectors: int) -> None:
+    """Makes room for all codes at once: growing, an array is copied into one twice as large, and both are in memory."""
+    index = faiss.downcast_index(index)
+    for inner in ("index", "base_index", "refine_index", "storage"):  # behind a transform, a refinement, a graph
+        if getattr(index, inner, None) is not None:
+            _reserve(faiss, getattr(index, inner), num_vectors)
+    if isinstance(index, faiss.IndexFlatCodes):
+        index.codes.resize(num_vectors * index.code_size)
+        index.codes.resize(0)  # which keeps the room
 
 
 def _set_search_parameter(faiss: Any, index: Any, name: str, value: int, factory: str) -> None:

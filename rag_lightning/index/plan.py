@@ -235,9 +235,9 @@ def _build_memory(size: IndexSize, num_vectors: int, dimension: int, num_trainin
     # the sample, and once more what is normalised, rotated or left after the coarse quantizer
     training = 2 * 4 * dimension * rows if size.trains else 0
     block = 2 * 4 * dimension * min(num_vectors, block_rows(dimension))
-    grown = _growth_peak(num_vectors, block_rows(dimension), size.bytes_per_vector)
-    if size.num_lists > 0:  # many short lists, which grow one by one and never all at once
-        grown = round(size.bytes_per_vector * num_vectors)
+    # room is made for all codes at once, and lists grow one by one; a graph's links are one array that grows
+    codes = round((size.bytes_per_vector - size.graph_bytes) * num_vectors)
+    grown = codes + _growth_peak(num_vectors, block_rows(dimension), size.graph_bytes)
     return round(max(training, grown + block) + size.fixed_bytes)
 
 

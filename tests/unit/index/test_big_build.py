@@ -94,7 +94,13 @@ def test_a_corpus_is_never_held_in_memory(tmp_path, factory, storage, sample):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "storage"),
-    [("exact", "float32"), ("exact", "int8"), ("IVF256,PQ48", "float32"), ("HNSW32", "float32")],
+    [
+        ("exact", "float32"),
+        ("exact", "int8"),
+        ("Flat", "float32"),
+        ("IVF256,PQ48", "float32"),
+        ("HNSW32", "float32"),
+    ],
 )
 def test_a_big_build_and_search_keep_to_the_index_and_a_gigabyte(tmp_path, factory, storage):
     pytest.importorskip("faiss")

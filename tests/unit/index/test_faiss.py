@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag_lightning.errors import ConfigError, CorruptSnapshotError, DataError, MissingExtraError, MissingFileError
+from rag_lightning.index import faiss as faiss_module
 from rag_lightning.index.exact import ExactIndex
 from rag_lightning.index.faiss import INDEX_FILE, FaissIndex, training_sample_size
 from rag_lightning.index.vector_files import in_storage, write_vectors
@@ -286,12 +287,36 @@ def test_only_the_sample_is_read_to_train(monkeypatch):
     assert (read, trained) == ([1000], [True])
 
 
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQ8", "HNSW8", "HNSW8_SQ8", "PCA8,SQ8", "PQ4x4np", "Flat,RFlat", "IVF2,Flat"]
+)
+def test_room_for_all_codes_is_made_before_the_first(factory, monkeypatch):
+    """And the index is the same as one that grew."""
+    import faiss
+
+    made, plain = [], faiss_module._reserve
+
+    def reserve(*arguments):
+        plain(*arguments)
+        made.append(arguments[1].ntotal)
+
+    rows = random_vectors(300)
+    monkeypatch.setattr(faiss_module, "_reserve", lambda *_: None)
+    grown = FaissIndex.build(rows, factory=factory)
+    monkeypatch.setattr(faiss_module, "_reserve", reserve)
+    index = FaissIndex.build(rows, factory=factory)
+    assert made
+    assert set(made) == {0}
+    assert index.num_vectors == 300
+    assert (faiss.serialize_index(index._index) == faiss.serialize_index(grown._index)).all()
+
+
 def test_the_default_sample_is_the_documented_one():
     assert training_sample_size(500, 16, 8) == 500
     assert training_sample_size(10**6, 16, 0) == 65_536  # the 256 codes of a quantizer
     assert training_sample_size(10**6, 16, 1024) == 262_144  # 256 a list
-    assert training_sample_size(10**7, 768, 4096) == 39 * 4096  # where 256 MiB would be too few a list
-    assert training_sample_size(10**7, 768, 1024) == 2**28 // (4 * 768)
+    assert training_sample_size(10**7, 768, 4096) == 39 * 4096  # where 160 MiB would be too few a list
+    assert training_sample_size(10**7, 768, 1024) == 160 * 2**20 // (4 * 768)
 
 
 def test_an_unwritable_place_is_an_os_error(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rag_lightning.errors import ConfigError
+from rag_lightning.index.factory import index_size
 from rag_lightning.index.plan import (
     BASE_BYTES,
     Limits,
@@ -53,8 +54,8 @@ def test_memory_is_that_of_its_parts():
 
 
 @pytest.mark.parametrize("num_vectors", [1, 9, 10, 11, 20, 21, 39, 41, 80, 81, 100])
-def test_an_array_that_grows_is_held_twice_when_it_is_full(num_vectors, monkeypatch):
-    """The same, allocation by allocation, with blocks of ten rows of four bytes."""
+def test_links_that_grow_are_held_twice_when_their_array_is_full(num_vectors, monkeypatch):
+    """The same, allocation by allocation, with blocks of ten rows of four bytes; codes have room from the start."""
     monkeypatch.setattr("rag_lightning.index.plan.block_rows", lambda dimension: 10)
     capacity = size = peak = 0
     for start in range(0, num_vectors, 10):
@@ -63,9 +64,12 @@ def test_an_array_that_grows_is_held_twice_when_it_is_full(num_vectors, monkeypa
             old, capacity = size, max(2 * size, wanted)
             peak = max(peak, old + wanted)
         peak, size = max(peak, wanted), wanted
-    plan = plan_index(num_vectors, 1, factory="Flat", shard_rows=1, base_bytes=0)
     block = 2 * 4 * min(num_vectors, 10)
-    assert plan.build_ram_bytes == max(4 * peak + block, 4 + 40)
+    links = index_size("HNSW4", 1).graph_bytes
+    plan = plan_index(num_vectors, 1, factory="HNSW4", shard_rows=1, base_bytes=0)
+    assert plan.build_ram_bytes == pytest.approx(max(4 * num_vectors + links * peak + block, 4 + 40), abs=1)
+    plan = plan_index(num_vectors, 1, factory="Flat", shard_rows=1, base_bytes=0)
+    assert plan.build_ram_bytes == max(4 * num_vectors + block, 4 + 40)
 
 
 def test_gpu_memory_is_divided_among_processes():
