@@ -28,6 +28,7 @@ from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import (
     doc_log_prior,
     hf_smoothed_nll,
+    passage_log_likelihood,
     passage_log_posterior,
     rag_sequence_log_likelihood,
     rag_token_log_likelihood,
@@ -62,6 +63,7 @@ class Marginal(TensorRecord):
         log_likelihood_B: ``log p(y|x)`` without smoothing.
         log_prior_BK: ``log p(z|x)``.
         log_posterior_BK: ``log p(z|x,y)``.
+        passage_log_likelihood_BK: ``log p(y|x,z)``, of the whole answer from each passage alone.
         num_tokens_B: Scored target tokens.
     """
 
@@ -69,6 +71,7 @@ class Marginal(TensorRecord):
     log_likelihood_B: Float[Tensor, "B"]
     log_prior_BK: Float[Tensor, "B K"]
     log_posterior_BK: Float[Tensor, "B K"]
+    passage_log_likelihood_BK: Float[Tensor, "B K"]
     num_tokens_B: Int[Tensor, "B"]
 
 
@@ -209,7 +212,8 @@ class RagModel(nn.Module):
         elif output.vocab_mean_BKT is not None:
             penalty_B = smoothing_penalty(output.vocab_mean_BKT, posterior_BK, output.target_mask_BT)
             nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
-        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, output.target_mask_BT.sum(dim=1))
+        alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
+        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
 
     def log_likelihood(
         self,

@@ -39,6 +39,17 @@ def doc_log_prior(doc_scores_BK: Float[Tensor, "B K"], temperature: float = 1.0)
         return (_at_least_float32(doc_scores_BK) / temperature).log_softmax(dim=1)
 
 
+def passage_log_likelihood(
+    token_log_probs: Float[Tensor, "B K T"], target_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B K"]:
+    """Returns ``log p(y | x, z_k) = Σ_t log p(y_t | x, z_k, y_<t)``, in float32 at least: the answer from one passage.
+
+    >>> passage_log_likelihood(torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.1]]])), torch.tensor([[True, False]])).exp()
+    tensor([[0.5000, 0.1000]])
+    """
+    return _at_least_float32(token_log_probs).masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
+
+
 def rag_sequence_log_likelihood(
     token_log_probs: Float[Tensor, "B K T"],
     doc_log_probs: Float[Tensor, "B K"],
@@ -63,7 +74,7 @@ def rag_sequence_log_likelihood(
     tensor([0.2020])
     """
     token_log_probs, doc_log_probs = _checked(token_log_probs, doc_log_probs, target_mask)
-    sequence_BK = token_log_probs.masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
+    sequence_BK = passage_log_likelihood(token_log_probs, target_mask)
     if hf_compat:
         doc_log_probs = doc_log_probs.masked_fill(~_has_second_token(target_mask)[:, None], 0.0)
     return torch.logsumexp(sequence_BK + doc_log_probs, dim=1)
@@ -95,7 +106,7 @@ def passage_log_posterior(
 ) -> Float[Tensor, "B K"]:
     """Returns ``log p(z_k | x, y) ∝ p(z_k|x) Π_t p(y_t|x,z_k,y_<t)``: which passage explains the whole answer."""
     token_log_probs, doc_log_probs = _checked(token_log_probs, doc_log_probs, target_mask)
-    sequence_BK = token_log_probs.masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
+    sequence_BK = passage_log_likelihood(token_log_probs, target_mask)
     return (sequence_BK + doc_log_probs).log_softmax(dim=1)
 
 

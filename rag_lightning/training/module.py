@@ -146,7 +146,7 @@ class RagLightningModule(L.LightningModule):
     @torch.no_grad()
     def _training_figures(self, outcome: Outcome, batch: QuestionBatch) -> dict[str, float]:
         """Returns the batch's means over the questions of all processes."""
-        each = {"train/loss": outcome.loss_B}
+        each = {"train/loss": outcome.loss_B, **{f"train/{name}": term_B for name, term_B in outcome.terms.items()}}
         if outcome.hits is not None and outcome.marginal is not None:
             marginal = outcome.marginal  # a NaN is the loss's to report
             each["train/posterior_entropy"] = posterior_entropy(marginal.log_posterior_BK.exp().nan_to_num())

@@ -45,7 +45,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 68
+NUM_FILES = 72
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {

@@ -1,12 +1,6 @@
-"""Objectives: what a batch of questions is worth to the model, one loss for each question.
+"""The retriever on gold passages and negatives alone: its warm-up."""
 
-Each names what it reads (retrieved passages, its own, or none), the examples it draws, and the parts it trains; the
-module does the rest. The mathematics is in :mod:`rag_lightning.losses`.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,165 +9,13 @@ from torch import Tensor
 from rag_lightning.encoders.bi_encoder import Tower
 from rag_lightning.encoders.cached import encode_in_chunks
 from rag_lightning.errors import ConfigError, DataError
-from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.index.base import Metric, unit_length
 from rag_lightning.losses.retriever import false_negatives, in_batch_contrastive
-from rag_lightning.rag import Marginal, RagModel
-from rag_lightning.rag_parts import MarginalKind
-from rag_lightning.retrieval.base import Retriever
-from rag_lightning.retrieval.contexts import ContextAssembler
+from rag_lightning.rag import RagModel
 from rag_lightning.training.examples import ExampleKind
-from rag_lightning.types import Hits, QuestionBatch, RagBatch, TensorRecord, TokenBatch
+from rag_lightning.training.objectives.base import Outcome, Reads, Sources
+from rag_lightning.types import QuestionBatch, TokenBatch
 from rag_lightning.utils import distributed
-
-Reads = Literal["retrieved", "own", "nothing"]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the data module lends to a step.
-
-    Attributes:
-        assembler: Joins passages and questions.
-        retriever: Searches the live snapshot; None where nothing is retrieved.
-        reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
-    """
-
-    assembler: ContextAssembler
-    retriever: Retriever | None = None
-    reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome(TensorRecord):
-    """What an objective says of a batch.
-
-    Attributes:
-        loss_B: One loss for each question.
-        num_units_B: What a per-unit mean divides by: target tokens, or 1.
-        marginal: For objectives that read.
-        hits: For objectives that retrieve.
-        encoded: The contexts, for decoding without encoding them again.
-        doc_scores_BK: Their similarities.
-    """
-
-    loss_B: Float[Tensor, "B"]
-    num_units_B: Int[Tensor, "B"]
-    marginal: Marginal | None = None
-    hits: Hits | None = None
-    encoded: EncodedContexts | None = None
-    doc_scores_BK: Float[Tensor, "B K"] | None = None
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """One way to train.
-
-    Attributes:
-        reads: Retrieved passages, the examples' own, or none.
-        examples: What is trained on.
-        eval_examples: What is validated and tested on.
-        trains: The parts that learn.
-        num_negatives: Hard negatives wanted with each training example.
-        cross_process: Whether a process's loss reads other processes' examples too.
-    """
-
-    reads: Reads
-    examples: ExampleKind
-    eval_examples: ExampleKind
-    trains: tuple[str, ...]
-    num_negatives: int
-    cross_process: bool
-
-    def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
-        """Returns the losses of a batch."""
-        ...
-
-
-class MarginalObjective:
-    """RAG-Token or RAG-Sequence: retrieve, read each passage, sum the passages out (Lewis et al. 2020, §2.1).
-
-    Args:
-        kind: ``rag_token`` or ``rag_sequence``.
-        label_smoothing: ε of the target distribution; the penalty is weighted by the passages' posterior.
-        hf_compat: Prior placement and smoothing as in transformers.
-    """
-
-    reads: Reads = "retrieved"
-    examples: ExampleKind = "questions"
-    eval_examples: ExampleKind = "questions"
-    trains: tuple[str, ...] = ("query_encoder", "passage_encoder", "generator", "fusion")
-    num_negatives: int = 0
-    cross_process: bool = False
-
-    def __init__(self, *, kind: MarginalKind, label_smoothing: float = 0.0, hf_compat: bool = False) -> None:
-        _check_smoothing(label_smoothing)
-        self.kind: MarginalKind = kind
-        self.label_smoothing = label_smoothing
-        self.hf_compat = hf_compat
-
-    def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
-        """Returns ``-log p(y | x)`` of each question, with gradient to every trained part."""
-        if sources.retriever is None:
-            raise ConfigError(f"objective {self.kind}: expected a retriever, came none")
-        texts = [question.question for question in batch.questions]
-        hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever, reencode=sources.reencode)
-        contexts = sources.assembler.contexts(hits.ids_BK.to(scores_BK.device), batch.prompt)
-        return _read(model, contexts, scores_BK, batch, self.kind, self.label_smoothing, self.hf_compat, hits)
-
-
-class ClosedBook:
-    """The generator alone: what it knows without any passage.
-
-    Args:
-        label_smoothing: ε of the target distribution.
-    """
-
-    reads: Reads = "nothing"
-    examples: ExampleKind = "questions"
-    eval_examples: ExampleKind = "questions"
-    trains: tuple[str, ...] = ("generator",)
-    num_negatives: int = 0
-    cross_process: bool = False
-
-    def __init__(self, *, label_smoothing: float = 0.0) -> None:
-        _check_smoothing(label_smoothing)
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
-        """Returns ``-log p(y | x)`` without passages."""
-        contexts = sources.assembler.without_passage(batch.prompt)
-        scores_B1 = torch.zeros(len(batch.questions), 1, device=batch.labels.device)
-        return _read(model, contexts, scores_B1, batch, "rag_token", self.label_smoothing)
-
-
-class Denoising:
-    """Warm-up of the reader on gold passages, so that it copies instead of remembering.
-
-    See :class:`rag_lightning.training.examples.DenoisingExamples`: renamed entities (Longpre et al. 2021) and span
-    infilling (Lewis et al. 2019, BART). The retriever is not touched.
-
-    Args:
-        label_smoothing: ε of the target distribution.
-    """
-
-    reads: Reads = "own"
-    examples: ExampleKind = "denoising"
-    eval_examples: ExampleKind = "gold_passages"
-    trains: tuple[str, ...] = ("generator",)
-    num_negatives: int = 0
-    cross_process: bool = False
-
-    def __init__(self, *, label_smoothing: float = 0.0) -> None:
-        _check_smoothing(label_smoothing)
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
-        """Returns ``-log p(y | x, z)`` on each example's own passage."""
-        if batch.contexts is None:
-            raise DataError("objective denoising: expected examples with their own passages")
-        scores_B1 = torch.zeros(len(batch.questions), 1, device=batch.labels.device)
-        return _read(model, batch.contexts, scores_B1, batch, "rag_token", self.label_smoothing)
 
 
 class Contrastive:
@@ -304,29 +146,3 @@ def _all_pairs(
             passages_ND = unit_length(passages_ND, "passage vectors")
         products_BN = queries_BD @ passages_ND.T
         return 2.0 * products_BN - passages_ND.square().sum(dim=1) if metric == "l2" else products_BN
-
-
-def _read(
-    model: RagModel,
-    contexts: TokenBatch,
-    doc_scores_BK: Float[Tensor, "B K"],
-    batch: QuestionBatch,
-    kind: MarginalKind,
-    label_smoothing: float,
-    hf_compat: bool = False,
-    hits: Hits | None = None,
-) -> Outcome:
-    encoded = model.generator.encode(contexts)
-    marginal = model.marginal(
-        RagBatch(contexts, doc_scores_BK, batch.labels),
-        encoded=encoded,
-        objective=kind,
-        label_smoothing=label_smoothing if model.training else 0.0,
-        hf_compat=hf_compat,
-    )
-    return Outcome(marginal.nll_B, marginal.num_tokens_B, marginal, hits, encoded, doc_scores_BK)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ConfigError(f"objective.label_smoothing: expected 0 <= ε < 1, got {label_smoothing}")

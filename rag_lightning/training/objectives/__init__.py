@@ -1,0 +1,25 @@
+"""Objectives: what a batch of questions is worth to the model, one loss for each question.
+
+Each names what it reads (retrieved passages, its own, or none), the examples it draws, and the parts it trains; the
+module does the rest. The mathematics is in :mod:`rag_lightning.losses`.
+"""
+
+from rag_lightning.training.objectives.base import Objective, Outcome, Sources
+from rag_lightning.training.objectives.closed_book import ClosedBook
+from rag_lightning.training.objectives.contrastive import Contrastive
+from rag_lightning.training.objectives.denoising import Denoising
+from rag_lightning.training.objectives.marginal import MarginalObjective
+from rag_lightning.training.objectives.retriever_losses import Emdr2, LeaveOneOut, PerplexityDistillation
+
+__all__ = [
+    "ClosedBook",
+    "Contrastive",
+    "Denoising",
+    "Emdr2",
+    "LeaveOneOut",
+    "MarginalObjective",
+    "Objective",
+    "Outcome",
+    "PerplexityDistillation",
+    "Sources",
+]

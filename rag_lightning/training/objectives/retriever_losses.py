@@ -1,0 +1,125 @@
+"""What the retriever is taught by the reader, beside or instead of the marginal likelihood's own gradient.
+
+Each is one term of :class:`~rag_lightning.training.objectives.marginal.MarginalObjective`, with a weight; the
+mathematics is in :mod:`rag_lightning.losses.distillation`. ``p(z|x)`` has the model's temperature on its side.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, get_args, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.losses.distillation import KlDirection, emdr2, leave_one_out, passage_kl, usefulness_log_target
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the reader says of a batch, and what the retriever says.
+
+    Attributes:
+        log_likelihood_BK: ``log p(y|x,z)``, of the whole answer, from each passage alone; a constant.
+        num_tokens_B: Scored tokens of the answer.
+        log_prior_BK: ``log p(z|x)``, with gradient to the retriever.
+    """
+
+    log_likelihood_BK: Float[Tensor, "B K"]
+    num_tokens_B: Int[Tensor, "B"]
+    log_prior_BK: Float[Tensor, "B K"]
+
+
+@runtime_checkable
+class RetrieverLoss(Protocol):
+    """One term of an objective that teaches the retriever.
+
+    Attributes:
+        weight: What it is multiplied by in the sum.
+    """
+
+    weight: float
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the loss of each question."""
+        ...
+
+
+class PerplexityDistillation:
+    """PDist: passages from which the reader predicts the answer well become likely (Izacard et al. 2022, §2.2).
+
+    With ``direction=reverse`` it is REPLUG's LSR (Shi et al. 2024, eq. 5 and 6).
+
+    Args:
+        weight: In the sum of an objective.
+        temperature: Divides the reader's log-likelihoods.
+        per_token: Averages them over the answer's tokens first, so that the target of a long answer is no sharper.
+        direction: ``forward`` or ``reverse``; see :func:`~rag_lightning.losses.distillation.passage_kl`.
+        atlas_compat: Divides by K too, as Atlas's published code does.
+
+    Raises:
+        ConfigError: A weight or temperature that is not positive, or an unknown direction.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        temperature: float = 0.1,
+        per_token: bool = True,
+        direction: KlDirection = "forward",
+        atlas_compat: bool = False,
+    ) -> None:
+        _check(type(self).__name__, weight, temperature, direction)
+        self.weight = weight
+        self.temperature = temperature
+        self.per_token = per_token
+        self.direction: KlDirection = direction
+        self.atlas_compat = atlas_compat
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the divergence of ``p(z|x)`` from the reader's distribution."""
+        useful_BK = self._usefulness(reading)
+        if self.per_token:
+            useful_BK = useful_BK / reading.num_tokens_B[:, None]
+        log_target_BK = usefulness_log_target(useful_BK, reading.log_prior_BK, self.temperature)
+        return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
+
+    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+        return reading.log_likelihood_BK
+
+
+class LeaveOneOut(PerplexityDistillation):
+    """LOOP: passages without which the reader predicts the answer badly become likely (Izacard et al. 2022, §2.2).
+
+    Args and Raises: as :class:`PerplexityDistillation`.
+    """
+
+    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+        return leave_one_out(reading.log_likelihood_BK, reading.log_prior_BK.detach())
+
+
+class Emdr2:
+    """EMDR²: the RAG-Sequence likelihood of a constant reader (Sachan et al. 2021, §2.3).
+
+    Args:
+        weight: In the sum of an objective.
+
+    Raises:
+        ConfigError: A weight that is not positive.
+    """
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        _check(type(self).__name__, weight)
+        self.weight = weight
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns ``-log p(y|x)``, with gradient to the retriever alone."""
+        return emdr2(reading.log_likelihood_BK, reading.log_prior_BK)
+
+
+def _check(name: str, weight: float, temperature: float = 1.0, direction: str = "forward") -> None:
+    for what, value in (("weight", weight), ("temperature", temperature)):
+        if not value > 0:
+            raise ConfigError(f"objective, {name}: expected a {what} above 0, got {value}")
+    if direction not in get_args(KlDirection):
+        raise ConfigError(f"objective, {name}: expected direction forward or reverse, got {direction!r}")

@@ -1,0 +1,143 @@
+"""The retriever's losses inside the objective: values put together by hand, and which part each of them moves."""
+
+import math
+
+import pytest
+import torch
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.losses.marginal import doc_log_prior
+from rag_lightning.training.objectives import (
+    Emdr2,
+    LeaveOneOut,
+    MarginalObjective,
+    Objective,
+    PerplexityDistillation,
+    Sources,
+)
+from rag_lightning.training.objectives.retriever_losses import Reading, RetrieverLoss
+from tests.unit.losses.test_distillation import softmax
+
+ENCODER_ONLY = {"marginal_weight": 0.0, "teaches_retriever": False}
+
+
+@pytest.fixture
+def ready(tiny_run):
+    """Returns ``ready(objective)``: a run with a live index whose passage tower learns, and its first batch."""
+
+    def build(objective):
+        run = tiny_run(objective=objective, optim={"train_passage_encoder": True})
+        run.data.setup("fit")
+        run.data.ensure_index(step=0)
+        run.data.trainer = None
+        run.module.eval()
+        return run, next(iter(run.data.train_dataloader()))
+
+    return build
+
+
+def outcome_of(run, batch):
+    return run.module.objective(
+        run.module.model, batch, Sources(run.data.assembler, run.data.retriever, run.data.encoder_tokens)
+    )
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_terms_and_weights_are_added_up(per_token, direction, ready):
+    losses = {
+        "pdist": PerplexityDistillation(weight=0.5, temperature=0.3, per_token=per_token, direction=direction),
+        "emdr2": Emdr2(weight=2.0),
+    }
+    run, batch = ready(MarginalObjective(kind="rag_token", marginal_weight=0.25, retriever_losses=losses))
+    with torch.no_grad():
+        outcome = outcome_of(run, batch)
+    marginal = outcome.marginal
+    prior_BK = marginal.log_prior_BK.exp().tolist()
+    for row, prior in enumerate(prior_BK):
+        likelihoods = marginal.passage_log_likelihood_BK[row].tolist()
+        length = int(marginal.num_tokens_B[row]) if per_token else 1
+        target = softmax([value / length for value in likelihoods], 0.3)
+        p, q = (target, prior) if direction == "forward" else (prior, target)
+        divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        sequence = -math.log(sum(a * math.exp(b) for a, b in zip(prior, likelihoods, strict=True)))
+        assert float(outcome.terms["pdist"][row]) == pytest.approx(divergence, abs=1e-5)
+        assert float(outcome.terms["emdr2"][row]) == pytest.approx(sequence, rel=1e-5)
+        expected = 0.25 * float(marginal.nll_B[row]) + 0.5 * divergence + 2.0 * sequence
+        assert float(outcome.loss_B[row]) == pytest.approx(expected, rel=1e-4)
+    assert set(outcome.terms) == {"nll", "pdist", "emdr2"}
+
+
+FLOW = [
+    # objective's settings, parts that its gradient reaches
+    ({}, {"query", "passage", "generator"}),
+    ({"teaches_retriever": False}, {"generator"}),
+    (
+        {"teaches_retriever": False, "retriever_losses": {"a": PerplexityDistillation()}},
+        {"query", "passage", "generator"},
+    ),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": PerplexityDistillation()}}, {"query", "passage"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": PerplexityDistillation(direction="reverse")}}, {"query", "passage"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": LeaveOneOut()}}, {"query", "passage"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": Emdr2()}}, {"query", "passage"}),
+    ({"marginal_weight": 0.0, "retriever_losses": {"a": Emdr2()}}, {"query", "passage"}),
+]
+
+
+@pytest.mark.parametrize("kind", ["rag_token", "rag_sequence"])
+@pytest.mark.parametrize(("settings", "expected"), FLOW)
+def test_which_part_an_objective_moves(settings, expected, kind, ready):
+    objective = MarginalObjective(kind=kind, **settings)
+    run, batch = ready(objective)
+    model = run.module.model.requires_grad_(True)
+    outcome_of(run, batch).loss_B.sum().backward()
+    parts = {"query": model.encoder.query, "passage": model.encoder.passage, "generator": model.generator}
+    moved = {
+        name
+        for name, part in parts.items()
+        if any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in part.parameters())
+    }
+    assert moved == expected
+    named = {"query": "query_encoder", "passage": "passage_encoder", "generator": "generator"}
+    assert {*objective.trains} - {"fusion"} == {named[name] for name in expected}
+
+
+def test_emdr2_teaches_the_retriever_as_rag_sequence_does(ready):
+    gradients = []
+    for settings in ({}, {**ENCODER_ONLY, "retriever_losses": {"emdr2": Emdr2()}}):
+        run, batch = ready(MarginalObjective(kind="rag_sequence", **settings))
+        outcome_of(run, batch).loss_B.sum().backward()
+        gradients.append([p.grad.clone() for p in run.module.model.encoder.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_leaving_one_out_prefers_what_is_missed():
+    likelihoods = torch.log(torch.tensor([[0.9, 0.1, 0.1]]))
+    scores = torch.zeros(1, 3, requires_grad=True)
+    reading = Reading(likelihoods, torch.tensor([2]), doc_log_prior(scores))
+    LeaveOneOut(temperature=0.5)(reading).sum().backward()
+    assert scores.grad[0, 0] < 0 < scores.grad[0, 1]
+
+
+def test_training_lowers_and_logs_each_term(tiny_run):
+    losses = {"pdist": PerplexityDistillation()}
+    objective = MarginalObjective(kind="rag_token", teaches_retriever=False, retriever_losses=losses)
+    assert isinstance(objective, Objective)
+    assert isinstance(losses["pdist"], RetrieverLoss)
+    run = tiny_run(objective=objective, max_steps=3).fit()
+    assert {"train/pdist", "train/nll", "train/loss"} <= set(run.trainer.callback_metrics)
+    figures = run.trainer.callback_metrics
+    assert float(figures["train/loss"]) == pytest.approx(float(figures["train/nll"] + figures["train/pdist"]), rel=1e-5)
+
+
+def test_what_would_teach_nothing_is_refused():
+    with pytest.raises(ConfigError, match="marginal_weight=0 without retriever_losses teaches nothing"):
+        MarginalObjective(kind="rag_token", marginal_weight=0.0)
+    with pytest.raises(ConfigError, match="marginal_weight: expected 0 or more, got -1"):
+        MarginalObjective(kind="rag_token", marginal_weight=-1.0)
+    for made in (PerplexityDistillation, LeaveOneOut):
+        with pytest.raises(ConfigError, match=rf"{made.__name__}: expected a temperature above 0, got 0"):
+            made(temperature=0.0)
+    with pytest.raises(ConfigError, match="Emdr2: expected a weight above 0, got -1"):
+        Emdr2(weight=-1.0)
