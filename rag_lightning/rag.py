@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +63,8 @@ class Marginal(TensorRecord):
         log_likelihood_B: ``log p(y|x)`` without smoothing.
         log_prior_BK: ``log p(z|x)``.
         log_posterior_BK: ``log p(z|x,y)``.
-        passage_log_likelihood_BK: ``log p(y|x,z)``, of the whole answer from each passage alone.
+        passage_log_likelihood_BK: ``log p(y|x,z)``, of the whole answer from each passage alone; None for
+            fusion-in-decoder where it was not asked for, and then the posterior is the prior.
         num_tokens_B: Scored target tokens.
     """
 
@@ -71,7 +72,7 @@ class Marginal(TensorRecord):
     log_likelihood_B: Float[Tensor, "B"]
     log_prior_BK: Float[Tensor, "B K"]
     log_posterior_BK: Float[Tensor, "B K"]
-    passage_log_likelihood_BK: Float[Tensor, "B K"]
+    passage_log_likelihood_BK: Float[Tensor, "B K"] | None
     num_tokens_B: Int[Tensor, "B"]
 
 
@@ -170,17 +171,21 @@ class RagModel(nn.Module):
         objective: MarginalKind | None = None,
         label_smoothing: float = 0.0,
         hf_compat: bool | None = None,
+        read_alone: bool = True,
     ) -> Marginal:
-        """Returns the marginal likelihood of the batch's targets.
+        """Returns the marginal likelihood of the batch's targets; with ``fid`` that of a decoder that reads them all.
 
         Args:
             batch: Contexts, similarities, labels.
             encoded: The contexts, if they are encoded already.
-            objective: ``rag_token`` or ``rag_sequence``; the model's by default.
+            objective: ``rag_token``, ``rag_sequence`` or ``fid``; the model's by default.
             label_smoothing: ε; see :func:`rag_lightning.losses.marginal.smoothing_penalty`.
             hf_compat: Prior placement and smoothing as in transformers; the model's setting by default.
+            read_alone: With ``fid``, score the target from each passage alone too, without gradient.
         """
         objective = objective if objective is not None else self.settings.objective
+        if objective == "fid":
+            return self._fused(batch, encoded, label_smoothing, read_alone=read_alone)
         hf_compat = hf_compat if hf_compat is not None else self.settings.hf_compat
         hf_smoothing = hf_compat and label_smoothing > 0
         output = self.generator.score(
@@ -197,7 +202,7 @@ class RagModel(nn.Module):
         elif objective == "rag_token":
             log_likelihood_B = rag_token_log_likelihood(*arguments)
         else:
-            raise ConfigError(f"expected objective rag_token or rag_sequence, got {objective!r}")
+            raise ConfigError(f"expected objective rag_token, rag_sequence or fid, got {objective!r}")
         posterior_BK = passage_log_posterior(*arguments)
         nll_B = -log_likelihood_B
         if hf_smoothing and output.logits_BKTV is not None:
@@ -213,6 +218,28 @@ class RagModel(nn.Module):
             penalty_B = smoothing_penalty(output.vocab_mean_BKT, posterior_BK, output.target_mask_BT)
             nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
         alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
+        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
+
+    def _fused(
+        self, batch: RagBatch, encoded: EncodedContexts | None, label_smoothing: float, *, read_alone: bool
+    ) -> Marginal:
+        """Returns what a decoder says that attends to all passages at once; see :meth:`EncodedContexts.fused`."""
+        encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
+        prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
+        fused = encoded.fused(prior_BK > -torch.inf)
+        output = self.generator.score(fused, batch.labels, 1, vocab_mean=label_smoothing > 0)
+        log_likelihood_B = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0]
+        nll_B = -log_likelihood_B
+        if output.vocab_mean_BKT is not None:
+            certain_B1 = torch.zeros_like(nll_B)[:, None]
+            penalty_B = smoothing_penalty(output.vocab_mean_BKT, certain_B1, output.target_mask_BT)
+            nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
+        alone_BK, posterior_BK = None, prior_BK
+        if read_alone:
+            with torch.no_grad():
+                each = self.generator.score(encoded, batch.labels, prior_BK.shape[1])
+            alone_BK = passage_log_likelihood(each.token_log_probs_BKT, each.target_mask_BT)
+            posterior_BK = passage_log_posterior(each.token_log_probs_BKT, prior_BK.detach(), each.target_mask_BT)
         return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
 
     def log_likelihood(
@@ -306,7 +333,11 @@ class RagModel(nn.Module):
         if decoding in ("rag_sequence_fast", "rag_sequence_thorough"):
             thorough = decoding == "rag_sequence_thorough"
             return decode_rag_sequence(self.generator, encoded, prior_BK, options, thorough=thorough)
-        raise ConfigError(f"expected decoding rag_token, rag_sequence_fast or rag_sequence_thorough, got {decoding!r}")
+        if decoding == "fid":
+            fused = encoded.fused(prior_BK > -torch.inf)
+            return decode_rag_token(self.generator, fused, torch.zeros_like(prior_BK[:, :1]), options)
+        known = ", ".join(get_args(DecodingMode))
+        raise ConfigError(f"expected decoding {known}, got {decoding!r}")
 
     def answers(self, decoded: Decoded) -> list[str]:
         """Returns the texts of decoded answers."""

@@ -37,8 +37,8 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.utils.io import atomic_directory, existing_file, read_json, write_json
 
-MarginalKind = Literal["rag_token", "rag_sequence"]
-DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough"]
+MarginalKind = Literal["rag_token", "rag_sequence", "fid"]
+DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid"]
 CONFIG_NAME = "rag_config.json"
 FUSION_NAME = "fusion.safetensors"
 FORMAT_VERSION = 2
@@ -51,7 +51,8 @@ class RagSettings:
 
     Attributes:
         num_passages: K; 0 is a closed-book model.
-        objective: The marginal it was trained with; also scores its answers.
+        objective: The marginal it was trained with, or ``fid`` for a decoder that reads all passages at once; also
+            scores its answers.
         decoding: Default decoding.
         temperature: Divides similarities before their softmax. 1 for DPR's raw inner products; normalised encoders
             want about 0.05, since cosines lie within ±1.

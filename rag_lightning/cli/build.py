@@ -21,7 +21,11 @@ from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import Objective
 from rag_lightning.training.tracking import TrackingCallback
 
-DEFAULT_DECODING: dict[str, DecodingMode] = {"rag_token": "rag_token", "rag_sequence": "rag_sequence_thorough"}
+DEFAULT_DECODING: dict[str, DecodingMode] = {
+    "rag_token": "rag_token",
+    "rag_sequence": "rag_sequence_thorough",
+    "fid": "fid",
+}
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rag_lightning.types import GeneratorOutput, TensorRecord, TokenBatch
@@ -15,6 +15,21 @@ class EncodedContexts(TensorRecord):
 
     hidden_NLH: Float[Tensor, "N L H"]
     attention_mask_NL: Int[Tensor, "N L"]
+
+    def fused(self, found_BK: Bool[Tensor, "B K"]) -> "EncodedContexts":
+        """Returns each question's K contexts behind one another, ``[B, K * L, H]``: fusion-in-decoder.
+
+        The decoder then attends to all passages at once (Izacard and Grave 2021b, "Leveraging passage retrieval with
+        generative models", §3). Contexts of passages that were not found are masked, unless none was found at all.
+
+        Args:
+            found_BK: False where a place holds no passage.
+        """
+        batch_size, num_passages = found_BK.shape
+        read_BK1 = (found_BK | ~found_BK.any(dim=1, keepdim=True))[..., None]
+        mask_BKL = self.attention_mask_NL.view(batch_size, num_passages, -1) * read_BK1
+        hidden_BLH = self.hidden_NLH.reshape(batch_size, -1, self.hidden_NLH.shape[-1])
+        return EncodedContexts(hidden_BLH, mask_BKL.reshape(batch_size, -1))
 
 
 @dataclass(frozen=True)

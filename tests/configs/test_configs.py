@@ -45,7 +45,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 72
+NUM_FILES = 73
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -357,7 +357,17 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
 GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
     **{
         group: check_choice(group)
-        for group in ("callbacks", "debug", "decoding", "encoder", "generator", "logger", "objective", "reindex")
+        for group in (
+            "callbacks",
+            "debug",
+            "decoding",
+            "encoder",
+            "generator",
+            "logger",
+            "objective",
+            "reindex",
+            "retriever_loss",
+        )
     },
     "data": check_data,
     "experiment": check_experiment,

@@ -91,8 +91,12 @@ def read(
     label_smoothing: float,
     hf_compat: bool = False,
     hits: Hits | None = None,
+    read_alone: bool = False,
 ) -> Outcome:
-    """Returns the marginal loss of a batch's targets given its contexts, smoothed in training only."""
+    """Returns the marginal loss of a batch's targets given its contexts, smoothed in training only.
+
+    What ``fid`` reads of each passage alone is a diagnostic in evaluation; training asks for it by ``read_alone``.
+    """
     encoded = model.generator.encode(contexts)
     marginal = model.marginal(
         RagBatch(contexts, doc_scores_BK, batch.labels),
@@ -100,6 +104,7 @@ def read(
         objective=kind,
         label_smoothing=label_smoothing if model.training else 0.0,
         hf_compat=hf_compat,
+        read_alone=read_alone or not model.training,
     )
     return Outcome(marginal.nll_B, marginal.num_tokens_B, marginal, hits, encoded, doc_scores_BK)
 

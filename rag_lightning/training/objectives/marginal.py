@@ -1,16 +1,17 @@
-"""The marginal likelihoods, alone or with losses that teach the retriever by the reader's judgement."""
+"""Reading what was retrieved, alone or with losses that teach the retriever by the reader's judgement."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rag_lightning.errors import ConfigError
-from rag_lightning.losses.marginal import doc_log_prior
-from rag_lightning.rag import Marginal, RagModel
+from rag_lightning.generators.base import EncodedContexts
+from rag_lightning.losses.marginal import doc_log_prior, passage_log_likelihood
+from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.training.objectives.base import Outcome, Reads, Sources, check_smoothing, read
@@ -26,12 +27,15 @@ PARTS = ("query_encoder", "passage_encoder", "generator", "fusion")
 class MarginalObjective:
     """RAG-Token or RAG-Sequence: retrieve, read each passage, sum the passages out (Lewis et al. 2020, §2.1).
 
+    Or fusion-in-decoder: read all passages at once (Izacard and Grave 2021b). Its likelihood does not look at
+    ``p(z|x)``, so there the retriever learns from ``retriever_losses`` or not at all.
+
     With ``retriever_losses`` it is ``marginal_weight · -log p(y|x) + Σ weight · loss``. As in Atlas, the retriever then
     usually learns from those alone (``teaches_retriever=False``), and a reader that stays as it is, REPLUG's, has
     ``marginal_weight=0``.
 
     Args:
-        kind: ``rag_token`` or ``rag_sequence``.
+        kind: ``rag_token``, ``rag_sequence`` or ``fid``.
         label_smoothing: ε of the target distribution; the penalty is weighted by the passages' posterior.
         hf_compat: Prior placement and smoothing as in transformers.
         marginal_weight: What the marginal's part of the loss is multiplied by; 0 leaves the generator as it is.
@@ -68,7 +72,7 @@ class MarginalObjective:
         self.teaches_retriever = teaches_retriever
         self.retriever_losses = dict(retriever_losses or {})
         taught = {*READER} if marginal_weight > 0 else set[str]()
-        if (teaches_retriever and marginal_weight > 0) or self.retriever_losses:
+        if (teaches_retriever and marginal_weight > 0 and kind != "fid") or self.retriever_losses:
             taught |= {*RETRIEVER}
         self.trains: tuple[str, ...] = tuple(part for part in PARTS if part in taught)
         if not self.trains:
@@ -83,18 +87,67 @@ class MarginalObjective:
         contexts = sources.assembler.contexts(hits.ids_BK.to(scores_BK.device), batch.prompt)
         known_BK = scores_BK if self.teaches_retriever else scores_BK.detach()
         with nullcontext() if self.marginal_weight > 0 else torch.no_grad():
-            outcome = read(model, contexts, known_BK, batch, self.kind, self.label_smoothing, self.hf_compat, hits)
-        return self._with_retriever_losses(outcome, scores_BK, model)
-
-    def _with_retriever_losses(self, outcome: Outcome, scores_BK: Float[Tensor, "B K"], model: RagModel) -> Outcome:
+            outcome = read(
+                model,
+                contexts,
+                known_BK,
+                batch,
+                self.kind,
+                self.label_smoothing,
+                self.hf_compat,
+                hits,
+                read_alone=bool(self.retriever_losses),
+            )
         if not self.retriever_losses and self.marginal_weight == 1.0:
             return outcome
-        assert isinstance(outcome.marginal, Marginal)
-        prior_BK = doc_log_prior(scores_BK, model.settings.temperature)
-        reading = Reading(outcome.marginal.passage_log_likelihood_BK.detach(), outcome.marginal.num_tokens_B, prior_BK)
+        return self._with_retriever_losses(outcome, scores_BK, model, batch)
+
+    def _with_retriever_losses(
+        self, outcome: Outcome, scores_BK: Float[Tensor, "B K"], model: RagModel, batch: QuestionBatch
+    ) -> Outcome:
+        assert outcome.marginal is not None
         terms = {"nll": outcome.marginal.nll_B}
         loss_B = self.marginal_weight * outcome.marginal.nll_B
-        for name, term in self.retriever_losses.items():
-            terms[name] = term(reading)
-            loss_B = loss_B + term.weight * terms[name]
+        if self.retriever_losses:
+            reading = self._reading(outcome, scores_BK, model, batch)
+            for name, term in self.retriever_losses.items():
+                terms[name] = term(reading)
+                loss_B = loss_B + term.weight * terms[name]
         return replace(outcome, loss_B=loss_B, terms=terms)
+
+    def _reading(
+        self, outcome: Outcome, scores_BK: Float[Tensor, "B K"], model: RagModel, batch: QuestionBatch
+    ) -> Reading:
+        assert outcome.marginal is not None
+        assert outcome.encoded is not None
+        alone_BK = outcome.marginal.passage_log_likelihood_BK
+        assert alone_BK is not None
+        prior_BK = doc_log_prior(scores_BK, model.settings.temperature)
+        without_BK = None
+        if self.kind == "fid" and any(loss.leaves_one_out for loss in self.retriever_losses.values()):
+            without_BK = without_each(model, outcome.encoded, batch.labels, prior_BK > -torch.inf)
+        return Reading(alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK)
+
+
+@torch.no_grad()
+def without_each(
+    model: RagModel, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"], found_BK: Bool[Tensor, "B K"]
+) -> Float[Tensor, "B K"]:
+    """Returns ``log p(y | x, D without z_k)`` of a decoder that reads all passages at once, for each k.
+
+    The encoder's work is done; the decoder reads K times. A question's only passage is left in: nothing would be read.
+
+    Args:
+        model: Its generator reads.
+        encoded: The ``B * K`` contexts.
+        labels_BT1: The targets.
+        found_BK: False where a place holds no passage.
+    """
+    columns = []
+    for place in range(found_BK.shape[1]):
+        others_BK = found_BK.clone()
+        others_BK[:, place] = False
+        others_BK = torch.where(others_BK.any(dim=1, keepdim=True), others_BK, found_BK)
+        output = model.generator.score(encoded.fused(others_BK), labels_BT1, 1)
+        columns.append(passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0])
+    return torch.stack(columns, dim=1)

@@ -22,11 +22,13 @@ class Reading:
         log_likelihood_BK: ``log p(y|x,z)``, of the whole answer, from each passage alone; a constant.
         num_tokens_B: Scored tokens of the answer.
         log_prior_BK: ``log p(z|x)``, with gradient to the retriever.
+        without_BK: ``log p(y|x, D without z)`` as the reader says it, where it reads all passages at once; a constant.
     """
 
     log_likelihood_BK: Float[Tensor, "B K"]
     num_tokens_B: Int[Tensor, "B"]
     log_prior_BK: Float[Tensor, "B K"]
+    without_BK: Float[Tensor, "B K"] | None = None
 
 
 @runtime_checkable
@@ -35,9 +37,11 @@ class RetrieverLoss(Protocol):
 
     Attributes:
         weight: What it is multiplied by in the sum.
+        leaves_one_out: Whether it reads ``Reading.without_BK``.
     """
 
     weight: float
+    leaves_one_out: bool
 
     def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
         """Returns the loss of each question."""
@@ -59,6 +63,8 @@ class PerplexityDistillation:
     Raises:
         ConfigError: A weight or temperature that is not positive, or an unknown direction.
     """
+
+    leaves_one_out: bool = False
 
     def __init__(
         self,
@@ -91,10 +97,16 @@ class PerplexityDistillation:
 class LeaveOneOut(PerplexityDistillation):
     """LOOP: passages without which the reader predicts the answer badly become likely (Izacard et al. 2022, §2.2).
 
+    A reader of all passages at once is asked K times again, each time without one; for the others it is arithmetic.
+
     Args and Raises: as :class:`PerplexityDistillation`.
     """
 
+    leaves_one_out: bool = True
+
     def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+        if reading.without_BK is not None:
+            return -reading.without_BK
         return leave_one_out(reading.log_likelihood_BK, reading.log_prior_BK.detach())
 
 
@@ -107,6 +119,8 @@ class Emdr2:
     Raises:
         ConfigError: A weight that is not positive.
     """
+
+    leaves_one_out: bool = False
 
     def __init__(self, *, weight: float = 1.0) -> None:
         _check(type(self).__name__, weight)

@@ -1,12 +1,14 @@
 """The retriever's losses inside the objective: values put together by hand, and which part each of them moves."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.losses.marginal import doc_log_prior
+from rag_lightning.rag import RagModel
 from rag_lightning.training.objectives import (
     Emdr2,
     LeaveOneOut,
@@ -84,8 +86,18 @@ FLOW = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["rag_token", "rag_sequence"])
-@pytest.mark.parametrize(("settings", "expected"), FLOW)
+FID_FLOW = [
+    ({}, {"generator"}),
+    ({"retriever_losses": {"a": PerplexityDistillation()}}, {"query", "passage", "generator"}),
+    ({"retriever_losses": {"a": LeaveOneOut(), "b": Emdr2()}}, {"query", "passage", "generator"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": LeaveOneOut()}}, {"query", "passage"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [(kind, *row) for kind in ("rag_token", "rag_sequence") for row in FLOW] + [("fid", *row) for row in FID_FLOW],
+)
 def test_which_part_an_objective_moves(settings, expected, kind, ready):
     objective = MarginalObjective(kind=kind, **settings)
     run, batch = ready(objective)
@@ -100,6 +112,70 @@ def test_which_part_an_objective_moves(settings, expected, kind, ready):
     assert moved == expected
     named = {"query": "query_encoder", "passage": "passage_encoder", "generator": "generator"}
     assert {*objective.trains} - {"fusion"} == {named[name] for name in expected}
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_fusion_in_decoder_reads_all_passages_at_once(missing, ready):
+    """Against transformers' own forward over encoder states joined by hand: all, each alone, all without each."""
+    run, batch = ready(MarginalObjective(kind="fid", retriever_losses={"loop": LeaveOneOut(per_token=False)}))
+    model, seen = run.module.model, []
+    bart, retrieve, term = model.generator.model, model.retrieve, run.module.objective.retriever_losses["loop"]
+
+    def one_less(*arguments, **named):
+        hits, scores_BK = retrieve(*arguments, **named)
+        scores_BK = scores_BK.clone()
+        scores_BK[0, -1] = -torch.inf
+        return hits, scores_BK
+
+    def watched(reading):
+        seen.append(reading)
+        return term(reading)
+
+    watched.weight, watched.leaves_one_out = 1.0, True
+    run.module.objective.retriever_losses["loop"] = watched
+    if missing:
+        model.retrieve = one_less
+    with torch.no_grad():
+        outcome = outcome_of(run, batch)
+        hidden_NLH, mask_NL = outcome.encoded.hidden_NLH, outcome.encoded.attention_mask_NL
+        for row in range(4):
+            labels = batch.labels[row : row + 1]
+            kept = [3 * row, 3 * row + 1] + ([] if missing and row == 0 else [3 * row + 2])
+
+            def by_hand(places, labels=labels):
+                states = torch.cat([hidden_NLH[place][mask_NL[place].bool()] for place in places])[None]
+                logits = bart(
+                    encoder_outputs=(states,),
+                    attention_mask=torch.ones(1, states.shape[1], dtype=torch.long),
+                    decoder_input_ids=labels[:, :-1],
+                ).logits
+                log_probs = logits.log_softmax(-1).gather(2, labels[:, 1:, None])[0, :, 0]
+                return float(log_probs[labels[0, 1:] != model.generator.pad_token_id].sum())
+
+            assert float(outcome.marginal.log_likelihood_B[row]) == pytest.approx(by_hand(kept), rel=1e-4)
+            for place in kept:
+                alone = float(outcome.marginal.passage_log_likelihood_BK[row, place - 3 * row])
+                assert alone == pytest.approx(by_hand([place]), rel=1e-4)
+                without = float(seen[0].without_BK[row, place - 3 * row])
+                assert without == pytest.approx(by_hand([other for other in kept if other != place]), rel=1e-4)
+
+
+def test_a_run_of_fusion_in_decoder_trains_answers_and_is_saved(tiny_run, tiny_model, tiny_world, tmp_path):
+    model = tiny_model()
+    model.settings = replace(model.settings, objective="fid", decoding="fid")
+    objective = MarginalObjective(kind="fid", retriever_losses={"pdist": PerplexityDistillation()})
+    run = tiny_run(model=model, objective=objective, data={"test": str(tiny_world.test)}, max_steps=2).fit()
+    (figures,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    assert 0 <= figures["test/exact_match"] <= 1
+    predictions = model.eval().generate(["who made Amber"], retriever=run.data.retriever)
+    model.save_pretrained(tmp_path / "model")
+    again = RagModel.from_pretrained(tmp_path / "model")
+    assert again.generate(["who made Amber"], retriever=run.data.retriever) == predictions
+    # one passage is read the same however reading is called
+    single = model.generate(["who made Amber"], retriever=run.data.retriever, num_passages=1)
+    assert single[0].answer == model.generate(
+        ["who made Amber"], retriever=run.data.retriever, num_passages=1, decoding="rag_token"
+    )[0].answer  # fmt: skip
 
 
 def test_emdr2_teaches_the_retriever_as_rag_sequence_does(ready):
