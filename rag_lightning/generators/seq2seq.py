@@ -24,6 +24,9 @@ from rag_lightning.generators.mimetic import start_mimetic
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
 
+_CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
+"""Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
+
 
 class Seq2SeqGenerator(nn.Module):
     """Any transformers encoder-decoder with a language-model head.
@@ -161,6 +164,53 @@ class Seq2SeqGenerator(nn.Module):
             logits_BKTV=logits_NTV.view(*shape_BKT, -1) if keep_logits else None,
         )
 
+    @torch.no_grad()
+    def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:
+        """Returns how much the decoder takes from each token of its context, a constant.
+
+        It is ``α_n ‖v_n‖``, attention times the length of the value attended to (Kobayashi et al. 2020), averaged over
+        heads, layers and the scored positions of the target (Izacard et al. 2022, §2.2). Costs one decoder pass with
+        transformers' plain attention, which is the one that shows its weights.
+
+        Args:
+            encoded: One context for each target.
+            labels_BT1: The targets, as in :meth:`score`.
+
+        Raises:
+            ConfigError: The model does not show its cross-attention, or its values are not known here.
+        """
+        values: list[Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda _module, _inputs, output: values.append(output))
+            for name, module in self.model.named_modules()
+            if name.endswith(_CROSS_VALUES)
+        ]
+        usual = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation("eager")
+            output = self._decoder_output(encoded, labels_BT1[:, :-1], output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(usual)
+            for hook in hooks:
+                hook.remove()
+        weights = output.cross_attentions or ()
+        if not weights or len(weights) != len(values):
+            raise ConfigError(
+                f"attention distillation: expected {type(self.model).__name__} to show the weights and values of its "
+                f"cross-attention, came {len(weights)} layers of weights and {len(values)} of values. Use a BART, T5 "
+                "or BERT decoder, or another retriever loss (pdist, loop, emdr2)."
+            )
+        scored_BT = (labels_BT1[:, 1:] != self.pad_token_id).float()
+        total_BL = torch.zeros_like(encoded.attention_mask_NL, dtype=torch.float32)
+        for weights_BHTL, values_BLD in zip(weights, values, strict=True):
+            batch_size, num_heads, _, num_tokens = weights_BHTL.shape
+            norms_BLH = values_BLD.float().view(batch_size, num_tokens, num_heads, -1).norm(dim=-1)
+            mean_BHL = torch.einsum(
+                "bhtl,bt->bhl", weights_BHTL.float(), scored_BT / scored_BT.sum(dim=1, keepdim=True)
+            )
+            total_BL += torch.einsum("bhl,blh->bl", mean_BHL, norms_BLH) / num_heads
+        return total_BL / len(values)
+
     def start(self, encoded: EncodedContexts) -> DecoderState:
         """Returns the state before the first token; see :class:`rag_lightning.generators.base.Generator`."""
         return DecoderState(encoded, EncoderDecoderCache(DynamicCache(), DynamicCache()))
@@ -181,16 +231,19 @@ class Seq2SeqGenerator(nn.Module):
     def _decode(
         self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None
     ) -> Float[Tensor, "N T V"]:
-        output = self.model(
+        logits: Tensor = self._decoder_output(
+            encoded, input_ids_NT, past_key_values=cache, use_cache=cache is not None
+        ).logits
+        return logits
+
+    def _decoder_output(self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], **settings: Any) -> Any:
+        return self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_NLH),
             attention_mask=encoded.attention_mask_NL,
             decoder_input_ids=input_ids_NT,
-            past_key_values=cache,
-            use_cache=cache is not None,
             return_dict=True,
+            **{"use_cache": False, **settings},
         )
-        logits: Tensor = output.logits
-        return logits
 
 
 def _required_id(config: Any, decoder: Any, name: str) -> int:

@@ -45,7 +45,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 73
+NUM_FILES = 74
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -63,6 +63,7 @@ REPLACEMENTS = {
     "generator/t5_base": ("generator.source={t5}",),
     "generator/t5_tiny": ("generator.tokenizer={tokenizer}",),
     "logger/wandb": ("logger.offline=true",),
+    "retriever_loss/adist": ("objective=fid",),
 }
 EXTRAS = {
     "index/faiss_flat": "faiss",

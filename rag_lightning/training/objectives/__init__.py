@@ -9,9 +9,15 @@ from rag_lightning.training.objectives.closed_book import ClosedBook
 from rag_lightning.training.objectives.contrastive import Contrastive
 from rag_lightning.training.objectives.denoising import Denoising
 from rag_lightning.training.objectives.marginal import MarginalObjective
-from rag_lightning.training.objectives.retriever_losses import Emdr2, LeaveOneOut, PerplexityDistillation
+from rag_lightning.training.objectives.retriever_losses import (
+    AttentionDistillation,
+    Emdr2,
+    LeaveOneOut,
+    PerplexityDistillation,
+)
 
 __all__ = [
+    "AttentionDistillation",
     "ClosedBook",
     "Contrastive",
     "Denoising",

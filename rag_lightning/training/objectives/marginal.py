@@ -75,6 +75,11 @@ class MarginalObjective:
         if (teaches_retriever and marginal_weight > 0 and kind != "fid") or self.retriever_losses:
             taught |= {*RETRIEVER}
         self.trains: tuple[str, ...] = tuple(part for part in PARTS if part in taught)
+        if kind != "fid" and any(loss.reads_attention for loss in self.retriever_losses.values()):
+            raise ConfigError(
+                f"objective {kind}: attention distillation needs a reader that attends to all passages at once: "
+                "expected objective=fid. With a marginal use retriever_loss=pdist, loop or emdr2."
+            )
         if not self.trains:
             raise ConfigError("objective: marginal_weight=0 without retriever_losses teaches nothing: give one of them")
 
@@ -123,10 +128,22 @@ class MarginalObjective:
         alone_BK = outcome.marginal.passage_log_likelihood_BK
         assert alone_BK is not None
         prior_BK = doc_log_prior(scores_BK, model.settings.temperature)
-        without_BK = None
-        if self.kind == "fid" and any(loss.leaves_one_out for loss in self.retriever_losses.values()):
-            without_BK = without_each(model, outcome.encoded, batch.labels, prior_BK > -torch.inf)
-        return Reading(alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK)
+        without_BK, attention_BK, losses = None, None, self.retriever_losses.values()
+        found_BK = prior_BK > -torch.inf
+        if self.kind == "fid" and any(loss.leaves_one_out for loss in losses):
+            without_BK = without_each(model, outcome.encoded, batch.labels, found_BK)
+        if any(loss.reads_attention for loss in losses):
+            attention_BK = attention_to_each(model, outcome.encoded, batch.labels, found_BK)
+        return Reading(alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK, attention_BK)
+
+
+def attention_to_each(
+    model: RagModel, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"], found_BK: Bool[Tensor, "B K"]
+) -> Float[Tensor, "B K"]:
+    """Returns how much a decoder that reads all passages at once takes from a token of each, on average."""
+    attention_BL = model.generator.attention(encoded.fused(found_BK), labels_BT1)
+    mask_BKL = encoded.attention_mask_NL.view(*found_BK.shape, -1)
+    return attention_BL.view_as(mask_BKL).sum(dim=2) / mask_BKL.sum(dim=2)
 
 
 @torch.no_grad()

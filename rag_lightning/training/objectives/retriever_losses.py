@@ -22,6 +22,7 @@ class Reading:
         log_likelihood_BK: ``log p(y|x,z)``, of the whole answer, from each passage alone; a constant.
         num_tokens_B: Scored tokens of the answer.
         log_prior_BK: ``log p(z|x)``, with gradient to the retriever.
+        attention_BK: How much the reader takes from each passage, where a loss asks for it; a constant.
         without_BK: ``log p(y|x, D without z)`` as the reader says it, where it reads all passages at once; a constant.
     """
 
@@ -29,6 +30,7 @@ class Reading:
     num_tokens_B: Int[Tensor, "B"]
     log_prior_BK: Float[Tensor, "B K"]
     without_BK: Float[Tensor, "B K"] | None = None
+    attention_BK: Float[Tensor, "B K"] | None = None
 
 
 @runtime_checkable
@@ -38,10 +40,12 @@ class RetrieverLoss(Protocol):
     Attributes:
         weight: What it is multiplied by in the sum.
         leaves_one_out: Whether it reads ``Reading.without_BK``.
+        reads_attention: Whether it reads ``Reading.attention_BK``, which fusion-in-decoder alone has.
     """
 
     weight: float
     leaves_one_out: bool
+    reads_attention: bool
 
     def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
         """Returns the loss of each question."""
@@ -65,6 +69,7 @@ class PerplexityDistillation:
     """
 
     leaves_one_out: bool = False
+    reads_attention: bool = False
 
     def __init__(
         self,
@@ -110,6 +115,47 @@ class LeaveOneOut(PerplexityDistillation):
         return leave_one_out(reading.log_likelihood_BK, reading.log_prior_BK.detach())
 
 
+class AttentionDistillation:
+    """ADist: passages from which fusion-in-decoder takes much become likely (Izacard et al. 2022, §2.2).
+
+    Usefulness is ``α ‖v‖`` averaged over heads, layers, target positions and the passage's tokens
+    (:meth:`~rag_lightning.generators.seq2seq.Seq2SeqGenerator.attention`); it is small, about one by the number of
+    tokens read, and so is the temperature.
+
+    Args:
+        weight: In the sum of an objective.
+        temperature: Divides the usefulness.
+        direction: ``forward`` or ``reverse``; see :func:`~rag_lightning.losses.distillation.passage_kl`.
+        atlas_compat: Divides by K too, as Atlas's published code does.
+
+    Raises:
+        ConfigError: A weight or temperature that is not positive, or an unknown direction.
+    """
+
+    leaves_one_out: bool = False
+    reads_attention: bool = True
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        temperature: float = 0.01,
+        direction: KlDirection = "forward",
+        atlas_compat: bool = False,
+    ) -> None:
+        _check(type(self).__name__, weight, temperature, direction)
+        self.weight = weight
+        self.temperature = temperature
+        self.direction: KlDirection = direction
+        self.atlas_compat = atlas_compat
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the divergence of ``p(z|x)`` from the reader's attention."""
+        assert reading.attention_BK is not None
+        log_target_BK = usefulness_log_target(reading.attention_BK, reading.log_prior_BK, self.temperature)
+        return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
+
+
 class Emdr2:
     """EMDR²: the RAG-Sequence likelihood of a constant reader (Sachan et al. 2021, §2.3).
 
@@ -121,6 +167,7 @@ class Emdr2:
     """
 
     leaves_one_out: bool = False
+    reads_attention: bool = False
 
     def __init__(self, *, weight: float = 1.0) -> None:
         _check(type(self).__name__, weight)

@@ -314,3 +314,57 @@ def test_missing_folders_and_tokenizers_are_named(tmp_path):
     hf_model("bart", torch.float32).save_pretrained(tmp_path / "model")
     with pytest.raises(DataError, match=r"expected tokenizer files .* found none: the \w+ knows no words"):
         Seq2SeqGenerator.from_source(str(tmp_path / "model"))
+
+
+# ---------------------------------------------------------------------- what the decoder attends to
+
+
+def cross_value_layers(generator):
+    names = {"bart": "encoder_attn.v_proj", "t5": "EncDecAttention.v", "bert": "crossattention.self.value"}
+    found = [module for name, module in generator.model.named_modules() if name.endswith(tuple(names.values()))]
+    return found[-2:]  # a BERT pair's encoder may carry idle ones
+
+
+def test_attention_is_that_of_a_loop_over_layers_heads_and_tokens(generator):
+    contexts = random_contexts(generator, 3)
+    labels = torch.tensor([[generator.start_token_id, 7, 8, 9], [generator.start_token_id, 5, 6, 4], [0, 4, 4, 5]])
+    labels[:, 0] = generator.start_token_id
+    labels[1, 3:] = generator.pad_token_id
+    encoded = generator.encode(contexts)
+    usual = generator.model.config._attn_implementation
+    found_BL = generator.attention(encoded, labels)
+    assert generator.model.config._attn_implementation == usual
+    assert not found_BL.requires_grad
+    states = encoded.hidden_NLH
+    if getattr(generator.model, "enc_to_dec_proj", None) is not None:
+        states = generator.model.enc_to_dec_proj(states)
+    values = [layer(states).detach() for layer in cross_value_layers(generator)]
+    generator.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = generator.model(
+            encoder_outputs=(encoded.hidden_NLH,),
+            attention_mask=encoded.attention_mask_NL,
+            decoder_input_ids=labels[:, :-1],
+            output_attentions=True,
+        )
+    for row in range(3):
+        scored = [t for t in range(3) if labels[row, t + 1] != generator.pad_token_id]
+        for token in range(contexts.input_ids.shape[1]):
+            terms = []
+            for weights, value in zip(output.cross_attentions, values, strict=True):
+                for head, part in enumerate(value[row, token].chunk(weights.shape[1])):
+                    terms += [float(weights[row, head, t, token] * part.norm()) for t in scored]
+            assert float(found_BL[row, token]) == pytest.approx(sum(terms) / len(terms), rel=1e-5, abs=1e-9)
+    assert (found_BL[contexts.attention_mask == 0] == 0).all()
+
+
+def test_a_decoder_that_does_not_show_its_attention_is_refused(monkeypatch):
+    generator = Seq2SeqGenerator(model=hf_model("bart"))
+    encoded = generator.encode(random_contexts(generator, 1))
+    monkeypatch.setattr("rag_lightning.generators.seq2seq._CROSS_VALUES", ("another.name",))
+    with pytest.raises(ConfigError, match="expected BartForConditionalGeneration to show .* 2 layers of weights and 0"):
+        generator.attention(encoded, torch.tensor([[2, 5, 3]]))
+    monkeypatch.undo()
+    monkeypatch.setattr(generator.model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(ConfigError, match="came 0 layers of weights and 2 of values. Use a BART, T5 or BERT decoder"):
+        generator.attention(encoded, torch.tensor([[2, 5, 3]]))

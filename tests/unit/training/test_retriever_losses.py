@@ -10,6 +10,7 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.losses.marginal import doc_log_prior
 from rag_lightning.rag import RagModel
 from rag_lightning.training.objectives import (
+    AttentionDistillation,
     Emdr2,
     LeaveOneOut,
     MarginalObjective,
@@ -91,6 +92,8 @@ FID_FLOW = [
     ({"retriever_losses": {"a": PerplexityDistillation()}}, {"query", "passage", "generator"}),
     ({"retriever_losses": {"a": LeaveOneOut(), "b": Emdr2()}}, {"query", "passage", "generator"}),
     ({**ENCODER_ONLY, "retriever_losses": {"a": LeaveOneOut()}}, {"query", "passage"}),
+    ({"retriever_losses": {"a": AttentionDistillation()}}, {"query", "passage", "generator"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": AttentionDistillation()}}, {"query", "passage"}),
 ]
 
 
@@ -131,7 +134,7 @@ def test_fusion_in_decoder_reads_all_passages_at_once(missing, ready):
         seen.append(reading)
         return term(reading)
 
-    watched.weight, watched.leaves_one_out = 1.0, True
+    watched.weight, watched.leaves_one_out, watched.reads_attention = 1.0, True, False
     run.module.objective.retriever_losses["loop"] = watched
     if missing:
         model.retrieve = one_less
@@ -207,12 +210,35 @@ def test_training_lowers_and_logs_each_term(tiny_run):
     assert float(figures["train/loss"]) == pytest.approx(float(figures["train/nll"] + figures["train/pdist"]), rel=1e-5)
 
 
+def test_attention_distillation_goes_by_what_is_taken_from_each_passage(ready):
+    losses = {"adist": AttentionDistillation(temperature=0.05)}
+    run, batch = ready(MarginalObjective(kind="fid", retriever_losses=losses))
+    with torch.no_grad():
+        outcome = outcome_of(run, batch)
+        generator, encoded = run.module.model.generator, outcome.encoded
+        prior_BK = outcome.marginal.log_prior_BK.exp()
+        attention_BL = generator.attention(encoded.fused(prior_BK > 0), batch.labels)
+    width = encoded.hidden_NLH.shape[1]
+    for row in range(4):
+        useful = []
+        for place in range(3):
+            mask = encoded.attention_mask_NL[3 * row + place].bool()
+            useful.append(float(attention_BL[row, place * width : (place + 1) * width][mask].mean()))
+        target, prior = softmax(useful, 0.05), prior_BK[row].tolist()
+        divergence = sum(a * math.log(a / b) for a, b in zip(target, prior, strict=True))
+        assert float(outcome.terms["adist"][row]) == pytest.approx(divergence, abs=1e-5)
+    with pytest.raises(
+        ConfigError, match="objective rag_token: attention distillation needs .* expected objective=fid"
+    ):
+        MarginalObjective(kind="rag_token", retriever_losses=losses)
+
+
 def test_what_would_teach_nothing_is_refused():
     with pytest.raises(ConfigError, match="marginal_weight=0 without retriever_losses teaches nothing"):
         MarginalObjective(kind="rag_token", marginal_weight=0.0)
     with pytest.raises(ConfigError, match="marginal_weight: expected 0 or more, got -1"):
         MarginalObjective(kind="rag_token", marginal_weight=-1.0)
-    for made in (PerplexityDistillation, LeaveOneOut):
+    for made in (PerplexityDistillation, LeaveOneOut, AttentionDistillation):
         with pytest.raises(ConfigError, match=rf"{made.__name__}: expected a temperature above 0, got 0"):
             made(temperature=0.0)
     with pytest.raises(ConfigError, match="Emdr2: expected a weight above 0, got -1"):
