@@ -32,9 +32,26 @@ def run(config: DictConfig) -> None:
     Console().print(screen_table(runs, str(folder)))
 
 
+def _told(value: object) -> str:
+    """Returns a setting's value as a sweep's folders tell it."""
+    return "null" if value is None else str(value)
+
+
+def _natural(value: str) -> tuple[bool, float, str]:
+    """Sorts numbers by size, before everything else.
+
+    >>> sorted(["null", "20", "5", "1e-3"], key=_natural)
+    ['1e-3', '5', '20', 'null']
+    """
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
 def _curve(config: DictConfig, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     groups = by_setting(runs, config.curve)
-    order = [str(value) for value in config.order] if config.order is not None else list(groups)
+    order = sorted(groups, key=_natural) if config.order is None else [_told(value) for value in config.order]
     groups = {value: groups[value] for value in [name for name in order if name in groups]} | groups
     curves = {metric: spreads(groups, metric) for metric in config.metrics}
     table = Table(title=str(folder))

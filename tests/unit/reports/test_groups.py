@@ -45,8 +45,11 @@ def test_the_command_line_draws_the_curve(cli, tmp_path):
     for name, metrics in runs().items():
         (tmp_path / "sweep" / name).mkdir(parents=True)
         (tmp_path / "sweep" / name / "metrics.json").write_text(json.dumps(metrics))
-    order = "order=['null','20','5']"
-    cli("report", tmp_path / "out", f"runs={tmp_path / 'sweep'}", "curve=reindex.schedule", order)
+    arguments = ["report", tmp_path / "out", f"runs={tmp_path / 'sweep'}", "curve=reindex.schedule"]
+    cli(*arguments)
+    table = (tmp_path / "sweep" / "curve.md").read_text().splitlines()
+    assert [row.split()[1] for row in table[2:]] == ["5", "20", "null"]  # by size
+    cli(*arguments, "order=[null,20,5]")
     table = (tmp_path / "sweep" / "curve.md").read_text().splitlines()
     assert table[2:] == [
         "| null | 3 | 25.0 ± 5.0 | 35.0 ± 5.0 | – |",  # noqa: RUF001
