@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     DPRConfig,
     DPRContextEncoder,
@@ -45,7 +46,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 74
+NUM_FILES = 75
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -64,6 +65,10 @@ REPLACEMENTS = {
     "generator/t5_tiny": ("generator.tokenizer={tokenizer}",),
     "logger/wandb": ("logger.offline=true",),
     "retriever_loss/adist": ("objective=fid",),
+    "retriever_loss/cross_encoder": (
+        "objective.retriever_losses.cross_encoder.cross_encoder.source={cross_encoder}",
+        "objective.retriever_losses.cross_encoder.cross_encoder.max_tokens=64",
+    ),
 }
 EXTRAS = {
     "index/faiss_flat": "faiss",
@@ -104,7 +109,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_gene
     BertModel(BertConfig(**size)).save_pretrained(root / "bert")
     DPRQuestionEncoder(DPRConfig(**size)).save_pretrained(root / "dpr_query")
     DPRContextEncoder(DPRConfig(**size)).save_pretrained(root / "dpr_passage")
-    for name in ("bert", "dpr_query", "dpr_passage"):
+    BertForSequenceClassification(BertConfig(**size, num_labels=1)).save_pretrained(root / "cross_encoder")
+    for name in ("bert", "dpr_query", "dpr_passage", "cross_encoder"):
         tokenizer.save_pretrained(root / name)
     bart = tiny_generator()
     bart.model.save_pretrained(root / "bart")

@@ -11,6 +11,7 @@ from rag_lightning.training.objectives.denoising import Denoising
 from rag_lightning.training.objectives.marginal import MarginalObjective
 from rag_lightning.training.objectives.retriever_losses import (
     AttentionDistillation,
+    CrossEncoderDistillation,
     Emdr2,
     LeaveOneOut,
     PerplexityDistillation,
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionDistillation",
     "ClosedBook",
     "Contrastive",
+    "CrossEncoderDistillation",
     "Denoising",
     "Emdr2",
     "LeaveOneOut",

@@ -13,9 +13,10 @@ from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.losses.marginal import doc_log_prior, passage_log_likelihood
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
+from rag_lightning.retrieval.base import Retriever
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.training.objectives.base import Outcome, Reads, Sources, check_smoothing, read
-from rag_lightning.training.objectives.retriever_losses import Reading, RetrieverLoss
+from rag_lightning.training.objectives.retriever_losses import Need, Reading, RetrieverLoss
 from rag_lightning.types import QuestionBatch
 
 READER = ("generator",)
@@ -75,7 +76,7 @@ class MarginalObjective:
         if (teaches_retriever and marginal_weight > 0 and kind != "fid") or self.retriever_losses:
             taught |= {*RETRIEVER}
         self.trains: tuple[str, ...] = tuple(part for part in PARTS if part in taught)
-        if kind != "fid" and any(loss.reads_attention for loss in self.retriever_losses.values()):
+        if kind != "fid" and "attention" in self._needs():
             raise ConfigError(
                 f"objective {kind}: attention distillation needs a reader that attends to all passages at once: "
                 "expected objective=fid. With a marginal use retriever_loss=pdist, loop or emdr2."
@@ -105,36 +106,54 @@ class MarginalObjective:
             )
         if not self.retriever_losses and self.marginal_weight == 1.0:
             return outcome
-        return self._with_retriever_losses(outcome, scores_BK, model, batch)
+        return self._with_retriever_losses(outcome, scores_BK, model, batch, sources.retriever)
 
     def _with_retriever_losses(
-        self, outcome: Outcome, scores_BK: Float[Tensor, "B K"], model: RagModel, batch: QuestionBatch
+        self,
+        outcome: Outcome,
+        scores_BK: Float[Tensor, "B K"],
+        model: RagModel,
+        batch: QuestionBatch,
+        retriever: Retriever,
     ) -> Outcome:
         assert outcome.marginal is not None
         terms = {"nll": outcome.marginal.nll_B}
         loss_B = self.marginal_weight * outcome.marginal.nll_B
         if self.retriever_losses:
-            reading = self._reading(outcome, scores_BK, model, batch)
+            reading = self._reading(outcome, scores_BK, model, batch, retriever)
             for name, term in self.retriever_losses.items():
                 terms[name] = term(reading)
                 loss_B = loss_B + term.weight * terms[name]
         return replace(outcome, loss_B=loss_B, terms=terms)
 
     def _reading(
-        self, outcome: Outcome, scores_BK: Float[Tensor, "B K"], model: RagModel, batch: QuestionBatch
+        self,
+        outcome: Outcome,
+        scores_BK: Float[Tensor, "B K"],
+        model: RagModel,
+        batch: QuestionBatch,
+        retriever: Retriever,
     ) -> Reading:
         assert outcome.marginal is not None
         assert outcome.encoded is not None
         alone_BK = outcome.marginal.passage_log_likelihood_BK
         assert alone_BK is not None
         prior_BK = doc_log_prior(scores_BK, model.settings.temperature)
-        without_BK, attention_BK, losses = None, None, self.retriever_losses.values()
-        found_BK = prior_BK > -torch.inf
-        if self.kind == "fid" and any(loss.leaves_one_out for loss in losses):
+        needs, found_BK = self._needs(), prior_BK > -torch.inf
+        without_BK, attention_BK, evidence = None, None, None
+        if "without" in needs and self.kind == "fid":
             without_BK = without_each(model, outcome.encoded, batch.labels, found_BK)
-        if any(loss.reads_attention for loss in losses):
+        if "attention" in needs:
             attention_BK = attention_to_each(model, outcome.encoded, batch.labels, found_BK)
-        return Reading(alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK, attention_BK)
+        if "evidence" in needs and outcome.hits is not None:
+            evidence = retriever.evidence(outcome.hits)
+        questions = tuple(question.question for question in batch.questions)
+        return Reading(
+            alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK, attention_BK, questions, evidence
+        )
+
+    def _needs(self) -> set[Need]:
+        return {need for loss in self.retriever_losses.values() for need in loss.needs}
 
 
 def attention_to_each(

@@ -5,13 +5,19 @@ mathematics is in :mod:`rag_lightning.losses.distillation`. ``p(z|x)`` has the m
 """
 
 from dataclasses import dataclass
-from typing import Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.losses.distillation import KlDirection, emdr2, leave_one_out, passage_kl, usefulness_log_target
+from rag_lightning.retrieval.rerank import PairScorer
+from rag_lightning.types import Evidence
+
+Need = Literal["without", "attention", "evidence"]
+"""What a loss may ask for besides the likelihoods: those ``without`` each passage, as far as they are not mere arithmetic
+(fusion-in-decoder), the reader's attention, and the passages' texts."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,10 @@ class Reading:
         log_likelihood_BK: ``log p(y|x,z)``, of the whole answer, from each passage alone; a constant.
         num_tokens_B: Scored tokens of the answer.
         log_prior_BK: ``log p(z|x)``, with gradient to the retriever.
-        attention_BK: How much the reader takes from each passage, where a loss asks for it; a constant.
         without_BK: ``log p(y|x, D without z)`` as the reader says it, where it reads all passages at once; a constant.
+        attention_BK: How much the reader takes from each passage; a constant.
+        questions: The texts asked.
+        evidence: The passages.
     """
 
     log_likelihood_BK: Float[Tensor, "B K"]
@@ -31,6 +39,8 @@ class Reading:
     log_prior_BK: Float[Tensor, "B K"]
     without_BK: Float[Tensor, "B K"] | None = None
     attention_BK: Float[Tensor, "B K"] | None = None
+    questions: tuple[str, ...] = ()
+    evidence: Evidence | None = None
 
 
 @runtime_checkable
@@ -39,13 +49,11 @@ class RetrieverLoss(Protocol):
 
     Attributes:
         weight: What it is multiplied by in the sum.
-        leaves_one_out: Whether it reads ``Reading.without_BK``.
-        reads_attention: Whether it reads ``Reading.attention_BK``, which fusion-in-decoder alone has.
+        needs: What else of a reading it looks at.
     """
 
     weight: float
-    leaves_one_out: bool
-    reads_attention: bool
+    needs: tuple[Need, ...]
 
     def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
         """Returns the loss of each question."""
@@ -68,8 +76,7 @@ class PerplexityDistillation:
         ConfigError: A weight or temperature that is not positive, or an unknown direction.
     """
 
-    leaves_one_out: bool = False
-    reads_attention: bool = False
+    needs: tuple[Need, ...] = ()
 
     def __init__(
         self,
@@ -107,7 +114,7 @@ class LeaveOneOut(PerplexityDistillation):
     Args and Raises: as :class:`PerplexityDistillation`.
     """
 
-    leaves_one_out: bool = True
+    needs: tuple[Need, ...] = ("without",)
 
     def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
         if reading.without_BK is not None:
@@ -132,8 +139,7 @@ class AttentionDistillation:
         ConfigError: A weight or temperature that is not positive, or an unknown direction.
     """
 
-    leaves_one_out: bool = False
-    reads_attention: bool = True
+    needs: tuple[Need, ...] = ("attention",)
 
     def __init__(
         self,
@@ -156,6 +162,54 @@ class AttentionDistillation:
         return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
 
 
+class CrossEncoderDistillation:
+    """The retriever follows a cross-encoder, which reads question and passage together (Ren et al. 2021, "RocketQAv2").
+
+    Args:
+        cross_encoder: Scores the K passages of each question anew in every step; it learns nothing here.
+        weight: In the sum of an objective.
+        temperature: Divides its logits.
+        direction: ``forward`` or ``reverse``; see :func:`~rag_lightning.losses.distillation.passage_kl`.
+        atlas_compat: Divides by K too.
+        batch_size: Pairs that it reads at a time.
+
+    Raises:
+        ConfigError: A weight or temperature that is not positive, or an unknown direction.
+    """
+
+    needs: tuple[Need, ...] = ("evidence",)
+
+    def __init__(
+        self,
+        *,
+        cross_encoder: PairScorer,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        direction: KlDirection = "forward",
+        atlas_compat: bool = False,
+        batch_size: int = 32,
+    ) -> None:
+        _check(type(self).__name__, weight, temperature, direction)
+        self.cross_encoder = cross_encoder
+        self.weight = weight
+        self.temperature = temperature
+        self.direction: KlDirection = direction
+        self.atlas_compat = atlas_compat
+        self.batch_size = batch_size
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the divergence of ``p(z|x)`` from the softmax of the logits."""
+        assert reading.evidence is not None
+        prior_BK = reading.log_prior_BK
+        if isinstance(self.cross_encoder, nn.Module):
+            self.cross_encoder.to(prior_BK.device)
+        questions = [text for text in reading.questions for _ in range(prior_BK.shape[1])]
+        passages = [passage for row in reading.evidence.passages for passage in row]
+        logits_N = self.cross_encoder.score(questions, passages, batch_size=self.batch_size)
+        log_target_BK = usefulness_log_target(logits_N.view_as(prior_BK), prior_BK, self.temperature)
+        return passage_kl(log_target_BK, prior_BK, self.direction, self.atlas_compat)
+
+
 class Emdr2:
     """EMDR²: the RAG-Sequence likelihood of a constant reader (Sachan et al. 2021, §2.3).
 
@@ -166,8 +220,7 @@ class Emdr2:
         ConfigError: A weight that is not positive.
     """
 
-    leaves_one_out: bool = False
-    reads_attention: bool = False
+    needs: tuple[Need, ...] = ()
 
     def __init__(self, *, weight: float = 1.0) -> None:
         _check(type(self).__name__, weight)

@@ -11,6 +11,7 @@ from rag_lightning.losses.marginal import doc_log_prior
 from rag_lightning.rag import RagModel
 from rag_lightning.training.objectives import (
     AttentionDistillation,
+    CrossEncoderDistillation,
     Emdr2,
     LeaveOneOut,
     MarginalObjective,
@@ -134,7 +135,7 @@ def test_fusion_in_decoder_reads_all_passages_at_once(missing, ready):
         seen.append(reading)
         return term(reading)
 
-    watched.weight, watched.leaves_one_out, watched.reads_attention = 1.0, True, False
+    watched.weight, watched.needs = 1.0, ("without",)
     run.module.objective.retriever_losses["loop"] = watched
     if missing:
         model.retrieve = one_less
@@ -231,6 +232,32 @@ def test_attention_distillation_goes_by_what_is_taken_from_each_passage(ready):
         ConfigError, match="objective rag_token: attention distillation needs .* expected objective=fid"
     ):
         MarginalObjective(kind="rag_token", retriever_losses=losses)
+
+
+def test_the_retriever_follows_a_cross_encoder(ready):
+    class ByLength:
+        """Likes long passages; stands for a model that reads pairs."""
+
+        def score(self, questions, passages, *, batch_size=32):
+            asked.extend(zip(questions, passages, strict=True))
+            return torch.tensor([float(len(passage.text)) for passage in passages])
+
+    asked = []
+    loss = CrossEncoderDistillation(cross_encoder=ByLength(), temperature=7.0)
+    run, batch = ready(MarginalObjective(kind="rag_token", **ENCODER_ONLY, retriever_losses={"ce": loss}))
+    outcome = outcome_of(run, batch)
+    evidence = run.data.retriever.evidence(outcome.hits).passages
+    assert asked == [
+        (question.question, passage) for question, row in zip(batch.questions, evidence, strict=True) for passage in row
+    ]
+    for row in range(4):
+        target = softmax([len(passage.text) for passage in evidence[row]], 7.0)
+        prior = outcome.marginal.log_prior_BK[row].exp().tolist()
+        divergence = sum(a * math.log(a / b) for a, b in zip(target, prior, strict=True))
+        assert float(outcome.terms["ce"][row].detach()) == pytest.approx(divergence, abs=1e-5)
+    outcome.loss_B.sum().backward()
+    assert all(p.grad is None for p in run.module.model.generator.parameters())
+    assert any(p.grad is not None for p in run.module.model.encoder.parameters())
 
 
 def test_what_would_teach_nothing_is_refused():
