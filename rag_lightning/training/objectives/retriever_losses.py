@@ -16,7 +16,7 @@ from rag_lightning.retrieval.rerank import PairScorer
 from rag_lightning.types import Evidence
 
 Need = Literal["without", "attention", "evidence"]
-"""What a loss may ask for besides the likelihoods: those ``without`` each passage, as far as they are not mere arithmetic
+"""What a loss may ask for besides the likelihoods: those ``without`` each passage, where they are not mere arithmetic
 (fusion-in-decoder), the reader's attention, and the passages' texts."""
 
 
