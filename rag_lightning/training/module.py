@@ -17,7 +17,8 @@ from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer,
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import DecodingMode
 from rag_lightning.training.datamodule import RagDataModule
-from rag_lightning.training.objectives import Objective, Outcome, Sources
+from rag_lightning.training.objectives import MarginalObjective, Objective, Outcome, Sources
+from rag_lightning.training.objectives.marginal import RETRIEVER
 from rag_lightning.training.optim import (
     OptimSettings,
     build_optimizer,
@@ -72,6 +73,8 @@ class RagLightningModule(L.LightningModule):
         self.retrieval_utility = retrieval_utility
         wanted = [part for part in objective.trains if part != "fusion" or part in modules_of(model)]
         self.trained = optim.trained_parts(wanted) if learns else ()
+        if learns:
+            check_teaches(objective, self.trained)
         if learns:
             freeze_all_but(model, self.trained)
         self.metrics = nn.ModuleDict(
@@ -296,6 +299,19 @@ class RagLightningModule(L.LightningModule):
             CheckpointError: Names the first tensor that differs; another vocabulary is the usual reason.
         """
         check_shapes(self.state_dict(), checkpoint["state_dict"])
+
+
+def check_teaches(objective: Objective, trained: Sequence[str]) -> None:
+    """Refuses losses for the retriever where no part of it learns.
+
+    Raises:
+        ConfigError: Names the losses.
+    """
+    if isinstance(objective, MarginalObjective) and objective.retriever_losses and not {*RETRIEVER} & {*trained}:
+        raise ConfigError(
+            f"retriever_loss: {', '.join(objective.retriever_losses)} would teach nothing, as no part of the retriever "
+            "learns. Set optim.train_query_encoder=true, or leave retriever_loss out."
+        )
 
 
 def check_shapes(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:

@@ -19,10 +19,7 @@ from rag_lightning.training.objectives.base import Outcome, Reads, Sources, chec
 from rag_lightning.training.objectives.retriever_losses import Need, Reading, RetrieverLoss
 from rag_lightning.types import QuestionBatch
 
-READER = ("generator",)
 RETRIEVER = ("query_encoder", "passage_encoder", "fusion")
-PARTS = ("query_encoder", "passage_encoder", "generator", "fusion")
-"""In the order in which optimisers keep them."""
 
 
 class MarginalObjective:
@@ -72,10 +69,11 @@ class MarginalObjective:
         self.marginal_weight = marginal_weight
         self.teaches_retriever = teaches_retriever
         self.retriever_losses = dict(retriever_losses or {})
-        taught = {*READER} if marginal_weight > 0 else set[str]()
-        if (teaches_retriever and marginal_weight > 0 and kind != "fid") or self.retriever_losses:
-            taught |= {*RETRIEVER}
-        self.trains: tuple[str, ...] = tuple(part for part in PARTS if part in taught)
+        reaches_retriever = (teaches_retriever and marginal_weight > 0 and kind != "fid") or bool(self.retriever_losses)
+        self.trains: tuple[str, ...] = (
+            *(RETRIEVER if reaches_retriever else ()),
+            *(("generator",) if marginal_weight > 0 else ()),
+        )
         if kind != "fid" and "attention" in self._needs():
             raise ConfigError(
                 f"objective {kind}: attention distillation needs a reader that attends to all passages at once: "
