@@ -34,6 +34,7 @@ CODE_TRAINING_ROWS = 65_536
 LIST_TRAINING_ROWS = 256
 Pair = tuple[float, float]
 _ROWS = 40_000
+_WRITTEN_BYTES = 256 * 2**20
 _LISTS = (32, 128)
 _FIRST_GRAPH_ROWS = 5_000
 _GRAPH_SECONDS = 40.0
@@ -102,9 +103,12 @@ def calibrate(
         MissingExtraError: A FAISS factory without FAISS.
     """
     size = index_size(factory, dimension) if factory != "exact" else None
-    rows_ND = _generated(range(_ROWS), dimension, seed)
-    write_s = _write_seconds(rows_ND, storage, folder)
-    plain_s = write_s if storage == "float32" else _write_seconds(rows_ND, "float32", folder)
+    most = max(_ROWS, min(4 * _ROWS, _WRITTEN_BYTES // (4 * dimension)))  # a disk is slower the more it is given
+    written_ND = _generated(range(most), dimension, seed)
+    rows_ND = written_ND[:_ROWS]
+    _write_seconds(rows_ND[: _ROWS // 10], storage, folder)  # the first finds everything cold
+    write_s = _write_seconds(written_ND, storage, folder)
+    plain_s = write_s if storage == "float32" else _write_seconds(written_ND, "float32", folder)
     byte_s = plain_s / (4 * dimension)
     if size is None:
         return BuildSpeed(write_s=write_s, byte_s=byte_s)
