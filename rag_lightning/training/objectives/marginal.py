@@ -104,21 +104,11 @@ class MarginalObjective:
             )
         if not self.retriever_losses and self.marginal_weight == 1.0:
             return outcome
-        return self._with_retriever_losses(outcome, scores_BK, model, batch, sources.retriever)
-
-    def _with_retriever_losses(
-        self,
-        outcome: Outcome,
-        scores_BK: Float[Tensor, "B K"],
-        model: RagModel,
-        batch: QuestionBatch,
-        retriever: Retriever,
-    ) -> Outcome:
         assert outcome.marginal is not None
         terms = {"nll": outcome.marginal.nll_B}
         loss_B = self.marginal_weight * outcome.marginal.nll_B
         if self.retriever_losses:
-            reading = self._reading(outcome, scores_BK, model, batch, retriever)
+            reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
             for name, term in self.retriever_losses.items():
                 terms[name] = term(reading)
                 loss_B = loss_B + term.weight * terms[name]

@@ -60,7 +60,38 @@ class RetrieverLoss(Protocol):
         ...
 
 
-class PerplexityDistillation:
+class _Distillation:
+    """What the losses share that draw ``p(z|x)`` towards a distribution made of usefulness.
+
+    Args:
+        weight: In the sum of an objective.
+        temperature: Divides the usefulness.
+        direction: ``forward`` or ``reverse``; see :func:`~rag_lightning.losses.distillation.passage_kl`.
+        atlas_compat: Divides by K too, as Atlas's published code does.
+
+    Raises:
+        ConfigError: A weight or temperature that is not positive, or an unknown direction.
+    """
+
+    needs: tuple[Need, ...] = ()
+
+    def __init__(self, *, weight: float, temperature: float, direction: KlDirection, atlas_compat: bool) -> None:
+        _check(type(self).__name__, weight, temperature, direction)
+        self.weight = weight
+        self.temperature = temperature
+        self.direction: KlDirection = direction
+        self.atlas_compat = atlas_compat
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the divergence between ``p(z|x)`` and the teacher's distribution."""
+        log_target_BK = usefulness_log_target(self._usefulness(reading), reading.log_prior_BK, self.temperature)
+        return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
+
+    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+        raise NotImplementedError
+
+
+class PerplexityDistillation(_Distillation):
     """PDist: passages from which the reader predicts the answer well become likely (Izacard et al. 2022, §2.2).
 
     With ``direction=reverse`` it is REPLUG's LSR (Shi et al. 2024, eq. 5 and 6).
@@ -76,8 +107,6 @@ class PerplexityDistillation:
         ConfigError: A weight or temperature that is not positive, or an unknown direction.
     """
 
-    needs: tuple[Need, ...] = ()
-
     def __init__(
         self,
         *,
@@ -87,22 +116,14 @@ class PerplexityDistillation:
         direction: KlDirection = "forward",
         atlas_compat: bool = False,
     ) -> None:
-        _check(type(self).__name__, weight, temperature, direction)
-        self.weight = weight
-        self.temperature = temperature
+        super().__init__(weight=weight, temperature=temperature, direction=direction, atlas_compat=atlas_compat)
         self.per_token = per_token
-        self.direction: KlDirection = direction
-        self.atlas_compat = atlas_compat
-
-    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
-        """Returns the divergence of ``p(z|x)`` from the reader's distribution."""
-        useful_BK = self._usefulness(reading)
-        if self.per_token:
-            useful_BK = useful_BK / reading.num_tokens_B[:, None]
-        log_target_BK = usefulness_log_target(useful_BK, reading.log_prior_BK, self.temperature)
-        return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
 
     def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+        useful_BK = self._of_answer(reading)
+        return useful_BK / reading.num_tokens_B[:, None] if self.per_token else useful_BK
+
+    def _of_answer(self, reading: Reading) -> Float[Tensor, "B K"]:
         return reading.log_likelihood_BK
 
 
@@ -116,13 +137,13 @@ class LeaveOneOut(PerplexityDistillation):
 
     needs: tuple[Need, ...] = ("without",)
 
-    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
+    def _of_answer(self, reading: Reading) -> Float[Tensor, "B K"]:
         if reading.without_BK is not None:
             return -reading.without_BK
         return leave_one_out(reading.log_likelihood_BK, reading.log_prior_BK.detach())
 
 
-class AttentionDistillation:
+class AttentionDistillation(_Distillation):
     """ADist: passages from which fusion-in-decoder takes much become likely (Izacard et al. 2022, §2.2).
 
     Usefulness is ``α ‖v‖`` averaged over heads, layers, target positions and the passage's tokens
@@ -149,20 +170,14 @@ class AttentionDistillation:
         direction: KlDirection = "forward",
         atlas_compat: bool = False,
     ) -> None:
-        _check(type(self).__name__, weight, temperature, direction)
-        self.weight = weight
-        self.temperature = temperature
-        self.direction: KlDirection = direction
-        self.atlas_compat = atlas_compat
+        super().__init__(weight=weight, temperature=temperature, direction=direction, atlas_compat=atlas_compat)
 
-    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
-        """Returns the divergence of ``p(z|x)`` from the reader's attention."""
+    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
         assert reading.attention_BK is not None
-        log_target_BK = usefulness_log_target(reading.attention_BK, reading.log_prior_BK, self.temperature)
-        return passage_kl(log_target_BK, reading.log_prior_BK, self.direction, self.atlas_compat)
+        return reading.attention_BK
 
 
-class CrossEncoderDistillation:
+class CrossEncoderDistillation(_Distillation):
     """The retriever follows a cross-encoder, which reads question and passage together (Ren et al. 2021, "RocketQAv2").
 
     Args:
@@ -189,25 +204,18 @@ class CrossEncoderDistillation:
         atlas_compat: bool = False,
         batch_size: int = 32,
     ) -> None:
-        _check(type(self).__name__, weight, temperature, direction)
+        super().__init__(weight=weight, temperature=temperature, direction=direction, atlas_compat=atlas_compat)
         self.cross_encoder = cross_encoder
-        self.weight = weight
-        self.temperature = temperature
-        self.direction: KlDirection = direction
-        self.atlas_compat = atlas_compat
         self.batch_size = batch_size
 
-    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
-        """Returns the divergence of ``p(z|x)`` from the softmax of the logits."""
+    def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
         assert reading.evidence is not None
         prior_BK = reading.log_prior_BK
         if isinstance(self.cross_encoder, nn.Module):
             self.cross_encoder.to(prior_BK.device)
         questions = [text for text in reading.questions for _ in range(prior_BK.shape[1])]
         passages = [passage for row in reading.evidence.passages for passage in row]
-        logits_N = self.cross_encoder.score(questions, passages, batch_size=self.batch_size)
-        log_target_BK = usefulness_log_target(logits_N.view_as(prior_BK), prior_BK, self.temperature)
-        return passage_kl(log_target_BK, prior_BK, self.direction, self.atlas_compat)
+        return self.cross_encoder.score(questions, passages, batch_size=self.batch_size).view_as(prior_BK)
 
 
 class Emdr2:
