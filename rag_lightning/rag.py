@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rag_lightning.decoding.options import Decoded, DecodingOptions
@@ -23,7 +23,7 @@ from rag_lightning.decoding.rag_token import decode_rag_token
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import EncodedContexts
-from rag_lightning.generators.seq2seq import Seq2SeqGenerator
+from rag_lightning.generators.pretrained import PretrainedGenerator
 from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import (
     doc_log_prior,
@@ -49,9 +49,11 @@ from rag_lightning.retrieval.base import Retriever
 from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
 from rag_lightning.text.prompts import Prompt
+from rag_lightning.text.tokenizers import continuation_ids
 from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
 
 logger = logging.getLogger(__name__)
+ANSWER_FOLLOWS = ":"  # the end of a prompt, as a tokenizer is shown it that writes an answer behind one
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class RagModel(nn.Module):
         self,
         *,
         encoder: BiEncoder | None,
-        generator: Seq2SeqGenerator,
+        generator: PretrainedGenerator,
         prompt: Prompt | None = None,
         settings: RagSettings | None = None,
         decoding_options: DecodingOptions | None = None,
@@ -104,6 +106,8 @@ class RagModel(nn.Module):
         self.generator = generator
         self.prompt = prompt if prompt is not None else Prompt()
         self.settings = settings if settings is not None else RagSettings()
+        if "fid" in (self.settings.objective, self.settings.decoding):
+            self._check_fuses()
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: Retriever | None = None
@@ -172,20 +176,27 @@ class RagModel(nn.Module):
         label_smoothing: float = 0.0,
         hf_compat: bool | None = None,
         read_alone: bool = True,
+        alone: EncodedContexts | None = None,
     ) -> Marginal:
-        """Returns the marginal likelihood of the batch's targets; with ``fid`` that of a decoder that reads them all.
+        """Returns the marginal likelihood of the batch's targets, or what a reader of all passages says of them.
 
         Args:
             batch: Contexts, similarities, labels.
             encoded: The contexts, if they are encoded already.
-            objective: ``rag_token``, ``rag_sequence`` or ``fid``; the model's by default.
+            objective: ``rag_token``, ``rag_sequence``, ``fid`` or ``stuffed`` (``batch.contexts`` are then one for each
+                question, with all passages in it); the model's by default.
             label_smoothing: ε; see :func:`rag_lightning.losses.marginal.smoothing_penalty`.
             hf_compat: Prior placement and smoothing as in transformers; the model's setting by default.
             read_alone: With ``fid``, score the target from each passage alone too, without gradient.
+            alone: With ``stuffed``, contexts of one passage each, ``B * K``, to do the same.
         """
         objective = objective if objective is not None else self.settings.objective
-        if objective == "fid":
-            return self._fused(batch, encoded, label_smoothing, read_alone=read_alone)
+        if objective in ("fid", "stuffed"):
+            encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
+            if objective == "stuffed":
+                return self._together(batch, encoded, alone, label_smoothing)
+            fused = self._fused(encoded, batch.doc_scores_BK > -torch.inf)
+            return self._together(batch, fused, encoded if read_alone else None, label_smoothing)
         hf_compat = hf_compat if hf_compat is not None else self.settings.hf_compat
         hf_smoothing = hf_compat and label_smoothing > 0
         output = self.generator.score(
@@ -202,7 +213,7 @@ class RagModel(nn.Module):
         elif objective == "rag_token":
             log_likelihood_B = rag_token_log_likelihood(*arguments)
         else:
-            raise ConfigError(f"expected objective rag_token, rag_sequence or fid, got {objective!r}")
+            raise ConfigError(f"expected objective rag_token, rag_sequence, fid or stuffed, got {objective!r}")
         posterior_BK = passage_log_posterior(*arguments)
         nll_B = -log_likelihood_B
         if hf_smoothing and output.logits_BKTV is not None:
@@ -220,14 +231,32 @@ class RagModel(nn.Module):
         alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
         return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
 
-    def _fused(
-        self, batch: RagBatch, encoded: EncodedContexts | None, label_smoothing: float, *, read_alone: bool
+    def _fused(self, encoded: EncodedContexts, found_BK: Bool[Tensor, "B K"]) -> EncodedContexts:
+        """Returns :meth:`EncodedContexts.fused`, where the decoder can attend to contexts that were encoded apart."""
+        self._check_fuses()
+        return encoded.fused(found_BK)
+
+    def _check_fuses(self) -> None:
+        if not self.generator.can_fuse:
+            raise ConfigError(
+                "fid: expected an encoder-decoder, whose decoder attends to passages that were encoded apart, came a "
+                "decoder-only generator. Use objective=prompt_stuffing (decoding.mode=stuffed), which writes all "
+                "passages into one prompt, or a marginal."
+            )
+
+    def _together(
+        self, batch: RagBatch, together: EncodedContexts, alone: EncodedContexts | None, label_smoothing: float
     ) -> Marginal:
-        """Returns what a decoder says that attends to all passages at once; see :meth:`EncodedContexts.fused`."""
-        encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
+        """Returns what a reader says of the targets that reads all passages at once.
+
+        Args:
+            batch: Scores and targets.
+            together: One context for each question.
+            alone: ``B * K`` contexts, to score the target from each passage alone too, without gradient.
+            label_smoothing: ε.
+        """
         prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
-        fused = encoded.fused(prior_BK > -torch.inf)
-        output = self.generator.score(fused, batch.labels, 1, vocab_mean=label_smoothing > 0)
+        output = self.generator.score(together, batch.labels, 1, vocab_mean=label_smoothing > 0)
         log_likelihood_B = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0]
         nll_B = -log_likelihood_B
         if output.vocab_mean_BKT is not None:
@@ -235,9 +264,9 @@ class RagModel(nn.Module):
             penalty_B = smoothing_penalty(output.vocab_mean_BKT, certain_B1, output.target_mask_BT)
             nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
         alone_BK, posterior_BK = None, prior_BK
-        if read_alone:
+        if alone is not None:
             with torch.no_grad():
-                each = self.generator.score(encoded, batch.labels, prior_BK.shape[1])
+                each = self.generator.score(alone, batch.labels, prior_BK.shape[1])
             alone_BK = passage_log_likelihood(each.token_log_probs_BKT, each.target_mask_BT)
             posterior_BK = passage_log_posterior(each.token_log_probs_BKT, prior_BK.detach(), each.target_mask_BT)
         return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
@@ -301,7 +330,12 @@ class RagModel(nn.Module):
         generator = self.generator
         tokenizer = self._generator_tokenizer()
         rows = []
-        for ids in tokenizer(list(answers))["input_ids"]:
+        if self.prompt.answer_prefix:
+            texts = [self.prompt.answer_prefix + answer for answer in answers]
+            written = continuation_ids(tokenizer, texts, ANSWER_FOLLOWS)
+        else:
+            written = tokenizer(list(answers))["input_ids"]
+        for ids in written:
             body = [token for token in ids if token != generator.pad_token_id]
             body = body[:-1] if body and body[-1] == generator.eos_token_id else body
             body = body[1:] if body and body[0] == generator.start_token_id else body
@@ -310,9 +344,7 @@ class RagModel(nn.Module):
         return pad_sequences(rows, generator.pad_token_id).input_ids
 
     def _generator_tokenizer(self) -> Any:
-        if self.generator.tokenizer is None:
-            raise ConfigError("this model has no generator tokenizer: give one when loading it")
-        return self.generator.tokenizer
+        return self.generator.text_tokenizer
 
     # ------------------------------------------------------------------ answers
 
@@ -333,9 +365,9 @@ class RagModel(nn.Module):
         if decoding in ("rag_sequence_fast", "rag_sequence_thorough"):
             thorough = decoding == "rag_sequence_thorough"
             return decode_rag_sequence(self.generator, encoded, prior_BK, options, thorough=thorough)
-        if decoding == "fid":
-            fused = encoded.fused(prior_BK > -torch.inf)
-            return decode_rag_token(self.generator, fused, torch.zeros_like(prior_BK[:, :1]), options)
+        if decoding in ("fid", "stuffed"):
+            one = self._fused(encoded, prior_BK > -torch.inf) if decoding == "fid" else encoded
+            return decode_rag_token(self.generator, one, torch.zeros_like(prior_BK[:, :1]), options)
         known = ", ".join(get_args(DecodingMode))
         raise ConfigError(f"expected decoding {known}, got {decoding!r}")
 
@@ -379,6 +411,7 @@ class RagModel(nn.Module):
             corpus=retriever.corpus if retriever is not None else None,
             tokenizer=self._generator_tokenizer(),
             prompt=self.prompt,
+            affixes=self.generator.affixes(),
         )
         modes = {module: module.training for module in self.modules()}  # frozen parts may stand otherwise than the rest
         self.eval()
@@ -410,7 +443,8 @@ class RagModel(nn.Module):
         else:
             query = self.query_tokens(texts).to(device) if retriever.needs_vectors else None
             hits, scores_BK = self.retrieve(query, texts, retriever, num_passages=num_passages)
-            contexts = assembler.contexts(hits.ids_BK.to(device), prompt)
+            stuffed = (decoding if decoding is not None else self.settings.decoding) == "stuffed"
+            contexts = (assembler.stuffed if stuffed else assembler.contexts)(hits.ids_BK.to(device), prompt)
         encoded = self.generator.encode(contexts)
         decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options)
         return self.predictions(records, decoded, encoded, scores_BK, hits, retriever)
@@ -426,10 +460,12 @@ class RagModel(nn.Module):
     ) -> list[Prediction]:
         """Returns decoded answers as records, each passage with its prior and its posterior given the answer."""
         prior_BK = doc_log_prior(scores_BK, self.settings.temperature)
-        output = self.generator.score(encoded, decoded.sequences_BT, scores_BK.shape[1])
-        scored_B = output.target_mask_BT.any(dim=1)
-        mask_BT = output.target_mask_BT | ~scored_B[:, None]  # an empty answer leaves the prior as it is
-        posterior_BK = passage_log_posterior(output.token_log_probs_BKT, prior_BK, mask_BT)
+        posterior_BK = prior_BK
+        if encoded.hidden_NLH.shape[0] == prior_BK.numel():  # else all passages stand in one context
+            output = self.generator.score(encoded, decoded.sequences_BT, scores_BK.shape[1])
+            scored_B = output.target_mask_BT.any(dim=1)
+            mask_BT = output.target_mask_BT | ~scored_B[:, None]  # an empty answer leaves the prior as it is
+            posterior_BK = passage_log_posterior(output.token_log_probs_BKT, prior_BK, mask_BT)
         evidence = retriever.evidence(hits).passages if retriever is not None and hits is not None else None
         results = []
         for row, (record, answer) in enumerate(zip(records, self.answers(decoded), strict=True)):

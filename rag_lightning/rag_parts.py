@@ -23,6 +23,8 @@ from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.errors import CheckpointError, ConfigError, MissingFileError
+from rag_lightning.generators.causal import CausalGenerator
+from rag_lightning.generators.pretrained import PretrainedGenerator
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.index.base import Metric
 from rag_lightning.index.bm25 import Bm25Index
@@ -37,8 +39,9 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.utils.io import atomic_directory, existing_file, read_json, write_json
 
-MarginalKind = Literal["rag_token", "rag_sequence", "fid"]
-DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid"]
+MarginalKind = Literal["rag_token", "rag_sequence", "fid", "stuffed"]
+DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid", "stuffed"]
+GENERATORS: dict[str, type[PretrainedGenerator]] = {"seq2seq": Seq2SeqGenerator, "causal": CausalGenerator}
 CONFIG_NAME = "rag_config.json"
 FUSION_NAME = "fusion.safetensors"
 FORMAT_VERSION = 2
@@ -51,8 +54,8 @@ class RagSettings:
 
     Attributes:
         num_passages: K; 0 is a closed-book model.
-        objective: The marginal it was trained with, or ``fid`` for a decoder that reads all passages at once; also
-            scores its answers.
+        objective: The marginal it was trained with, or how all passages are read at once: ``fid`` (by the decoder,
+            encoded apart) or ``stuffed`` (in one prompt). Also scores its answers.
         decoding: Default decoding.
         temperature: Divides similarities before their softmax. 1 for DPR's raw inner products; normalised encoders
             want about 0.05, since cosines lie within ±1.
@@ -124,7 +127,7 @@ class RagParts:
     """The parts of a RagModel; see there."""
 
     encoder: BiEncoder | None
-    generator: Seq2SeqGenerator
+    generator: PretrainedGenerator
     prompt: Prompt
     settings: RagSettings
     decoding_options: DecodingOptions
@@ -141,6 +144,7 @@ def save_parts(parts: RagParts, directory: Path) -> None:
         "prompt": asdict(parts.prompt),
         "decoding_options": asdict(parts.decoding_options),
         "encoder": parts.encoder.settings() if parts.encoder is not None else None,
+        "generator": {"kind": parts.generator.kind, "settings": parts.generator.settings()},
         "fusion": parts.fusion.settings() if parts.fusion is not None else None,
         "retriever": asdict(source.relative_to(directory.absolute())) if source is not None else None,
     }
@@ -171,13 +175,18 @@ def load_parts(source: str | Path) -> RagParts:
         )
     return RagParts(
         encoder=BiEncoder.load(place / "encoder", config["encoder"]) if config["encoder"] is not None else None,
-        generator=Seq2SeqGenerator.load(place / "generator"),
+        generator=_load_generator(config.get("generator"), place),
         prompt=Prompt(**config["prompt"]),
         settings=RagSettings(**config["settings"]),
         decoding_options=DecodingOptions(**config["decoding_options"]),
         retriever_source=_load_source(config["retriever"], place),
         fusion=_load_fusion(config.get("fusion"), place),
     )
+
+
+def _load_generator(record: dict[str, Any] | None, place: Path) -> PretrainedGenerator:
+    record = record if record is not None else {"kind": "seq2seq", "settings": {}}  # as all models once were
+    return GENERATORS[record["kind"]].load(place / "generator", record["settings"])
 
 
 def _load_source(record: dict[str, Any] | None, place: Path) -> RetrieverSource | None:

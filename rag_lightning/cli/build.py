@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.errors import ConfigError
+from rag_lightning.generators.lora import add_lora
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import DecodingMode, RagSettings
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
@@ -25,6 +26,7 @@ DEFAULT_DECODING: dict[str, DecodingMode] = {
     "rag_token": "rag_token",
     "rag_sequence": "rag_sequence_thorough",
     "fid": "fid",
+    "stuffed": "stuffed",
 }
 
 
@@ -44,9 +46,12 @@ def build_model(config: DictConfig) -> RagModel:
     retriever: RetrieverSettings = instantiate(config.retriever)
     needs_encoder = settings["num_passages"] > 0 and retriever.needs_vectors
     encoder = instantiate(config.encoder) if needs_encoder else None
+    generator = instantiate(config.generator)
+    if config.get("peft") is not None:
+        add_lora(generator, instantiate(config.peft))
     return RagModel(
         encoder=encoder,
-        generator=instantiate(config.generator),
+        generator=generator,
         fusion=build_fusion(retriever, dimension=encoder.dimension) if encoder is not None else None,
         prompt=prompt,
         settings=RagSettings(**settings, decoding=mode),

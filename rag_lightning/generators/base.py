@@ -11,7 +11,12 @@ from rag_lightning.types import GeneratorOutput, TensorRecord, TokenBatch
 
 @dataclass(frozen=True)
 class EncodedContexts(TensorRecord):
-    """Contexts as the generator's encoder left them, computed once for each (question, passage)."""
+    """Contexts as the generator's encoder left them, computed once for each (question, passage).
+
+    Attributes:
+        hidden_NLH: The encoder's states; a decoder-only generator has none, and these are its input embeddings.
+        attention_mask_NL: 1 on real tokens.
+    """
 
     hidden_NLH: Float[Tensor, "N L H"]
     attention_mask_NL: Int[Tensor, "N L"]

@@ -1,13 +1,11 @@
 """Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     EncoderDecoderCache,
@@ -18,9 +16,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from rag_lightning.corpora.places import model_place
-from rag_lightning.errors import CheckpointError, ConfigError
+from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.mimetic import start_mimetic
+from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
 
@@ -28,42 +27,31 @@ _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.sel
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
 
 
-class Seq2SeqGenerator(nn.Module):
+class Seq2SeqGenerator(PretrainedGenerator):
     """Any transformers encoder-decoder with a language-model head.
 
     Args:
         model: BART, T5, ``EncoderDecoderModel`` or another ``AutoModelForSeq2SeqLM``.
         tokenizer: Its tokenizer; needed to read and write text, not to score ids.
-
-    Attributes:
-        pad_token_id: Padding in contexts and targets.
-        start_token_id: First token of every target (the model's decoder start token).
-        eos_token_id: Last token of every target.
-        vocab_size: Rows of the output layer.
     """
 
+    auto_class = AutoModelForSeq2SeqLM
+    kind = "seq2seq"
+    can_fuse = True
+
     def __init__(self, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        super().__init__()
         if isinstance(model, EncoderDecoderModel) and getattr(model.encoder, "pooler", None) is not None:
             model.encoder.pooler = None  # its output is not used; idle parameters would stall distributed training
-        self.model = model
-        self.tokenizer = tokenizer
         config = model.config
         decoder = getattr(config, "decoder", None) or config
-        self.pad_token_id = _required_id(config, decoder, "pad_token_id")
-        self.start_token_id = _required_id(config, decoder, "decoder_start_token_id")
-        self.eos_token_id = _required_id(config, decoder, "eos_token_id")
-        self.vocab_size: int = decoder.vocab_size
-        if self.pad_token_id == self.eos_token_id:
-            raise ConfigError(
-                f"the generator's padding and end token are both {self.eos_token_id}: the end of an answer would never "
-                "be scored, and the model never learn to stop. Give its config another pad_token_id."
-            )
-        if tokenizer is not None and len(tokenizer) > self.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer has {len(tokenizer)} tokens but the generator's output layer only {self.vocab_size}: "
-                "they belong to different models. Give the tokenizer that the generator was trained with."
-            )
+        super().__init__(
+            model=model,
+            tokenizer=tokenizer,
+            pad_token_id=_required_id(config, decoder, "pad_token_id"),
+            start_token_id=_required_id(config, decoder, "decoder_start_token_id"),
+            eos_token_id=_required_id(config, decoder, "eos_token_id"),
+            vocab_size=decoder.vocab_size,
+        )
 
     @classmethod
     def from_source(cls, source: str, tokenizer: str | None = None) -> "Seq2SeqGenerator":
@@ -73,22 +61,8 @@ class Seq2SeqGenerator(nn.Module):
             source: Where the model is.
             tokenizer: Where its tokenizer is, if not in the same place.
         """
-        place = model_place(source)
-        model = AutoModelForSeq2SeqLM.from_pretrained(place, dtype=torch.float32)
-        return cls(model=model, tokenizer=load_tokenizer(model_place(tokenizer) if tokenizer is not None else place))
-
-    @classmethod
-    def load(cls, directory: Path) -> "Seq2SeqGenerator":
-        """Reads what :meth:`save` wrote."""
-        if (directory / "tokenizer_config.json").is_file():
-            return cls.from_source(str(directory))
-        return cls(model=AutoModelForSeq2SeqLM.from_pretrained(model_place(str(directory)), dtype=torch.float32))
-
-    def save(self, directory: Path) -> None:
-        """Writes the model, and the tokenizer if there is one, in the transformers layout."""
-        self.model.save_pretrained(directory)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        model, tokens = cls.read(source, tokenizer)
+        return cls(model=model, tokenizer=tokens)
 
     @classmethod
     def from_config(
@@ -103,8 +77,7 @@ class Seq2SeqGenerator(nn.Module):
             mimetic_init: Start ready to copy, see :mod:`rag_lightning.generators.mimetic`; for BART's shape.
         """
         tokens = load_tokenizer(model_place(tokenizer))
-        config = AutoConfig.for_model(model_type, **{**_special_ids(tokens), "vocab_size": len(tokens), **settings})
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        model = cls.model_from_config(model_type, settings, tokens)
         if mimetic_init:
             start_mimetic(model)
         return cls(model=model, tokenizer=tokens)
@@ -126,6 +99,7 @@ class Seq2SeqGenerator(nn.Module):
 
     def encode(self, contexts: TokenBatch) -> EncodedContexts:
         """Runs the encoder over N contexts; see :class:`rag_lightning.generators.base.Generator`."""
+        self.check_length(contexts.input_ids.shape[1])
         output = self.model.get_encoder()(
             input_ids=contexts.input_ids, attention_mask=contexts.attention_mask, return_dict=True
         )
@@ -141,28 +115,9 @@ class Seq2SeqGenerator(nn.Module):
         keep_logits: bool = False,
     ) -> GeneratorOutput:
         """Scores each target under each of its K contexts; see :class:`rag_lightning.generators.base.Generator`."""
-        batch_size = labels_BT1.shape[0]
-        if encoded.hidden_NLH.shape[0] != batch_size * num_passages:
-            raise ConfigError(
-                f"expected {batch_size} targets x {num_passages} passages = {batch_size * num_passages} contexts, "
-                f"got {encoded.hidden_NLH.shape[0]}: num_passages must be the K that retrieval used"
-            )
-        targets_BT = labels_BT1[:, 1:]
-        mask_BT = targets_BT != self.pad_token_id
+        check_rows(encoded.hidden_NLH.shape[0], labels_BT1.shape[0], num_passages)
         logits_NTV = self._decode(encoded, labels_BT1[:, :-1].repeat_interleave(num_passages, dim=0))
-        with torch.autocast(logits_NTV.device.type, enabled=False):
-            logits_NTV = logits_NTV if logits_NTV.dtype == torch.float64 else logits_NTV.float()
-            normaliser_NT = logits_NTV.logsumexp(dim=-1)
-            index_NT1 = targets_BT.repeat_interleave(num_passages, dim=0)[..., None]
-            log_probs_NT = logits_NTV.gather(-1, index_NT1).squeeze(-1) - normaliser_NT
-            mean_NT = logits_NTV.mean(dim=-1) - normaliser_NT if vocab_mean else None
-        shape_BKT = (batch_size, num_passages, targets_BT.shape[1])
-        return GeneratorOutput(
-            token_log_probs_BKT=log_probs_NT.view(shape_BKT).masked_fill(~mask_BT[:, None], 0.0),
-            target_mask_BT=mask_BT,
-            vocab_mean_BKT=mean_NT.view(shape_BKT) if mean_NT is not None else None,
-            logits_BKTV=logits_NTV.view(*shape_BKT, -1) if keep_logits else None,
-        )
+        return self.scored(logits_NTV, labels_BT1, vocab_mean=vocab_mean, keep_logits=keep_logits)
 
     @torch.no_grad()
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:
@@ -218,9 +173,7 @@ class Seq2SeqGenerator(nn.Module):
     def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
         """Feeds one token to each row; see :class:`rag_lightning.generators.base.Generator`."""
         logits_N1V = self._decode(state.encoded, tokens_N[:, None], cache=state.cache)
-        logits_NV = logits_N1V[:, -1]
-        log_probs_NV = (logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()).log_softmax(dim=-1)
-        return log_probs_NV, state
+        return next_log_probs(logits_N1V[:, -1]), state
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
@@ -255,16 +208,3 @@ def _required_id(config: Any, decoder: Any, name: str) -> int:
     if value is None:
         raise ConfigError(f"the generator's config has no {name}: set it, targets cannot be built without it")
     return int(value)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": start,
-        "eos_token_id": end,
-        "decoder_start_token_id": start if start is not None else tokenizer.pad_token_id,
-        "forced_bos_token_id": None,
-        "forced_eos_token_id": None,
-    }

@@ -1,5 +1,6 @@
 """From hits to the generator's input: passage and question joined as ids, no text touched in the training step."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from rag_lightning.text.token_store import TokenStore
 from rag_lightning.text.tokenizers import special_affixes
 from rag_lightning.types import Passage, TokenBatch
 
+logger = logging.getLogger(__name__)
+
 
 class ContextAssembler:
     """Joins retrieved passages to their questions, ``[B * K, L]``.
@@ -25,6 +28,7 @@ class ContextAssembler:
         prompt: How passage and question are written.
         store: The corpus tokenised once with this tokenizer and prompt; without one, passages are tokenised when
             they are met (fine for a few questions, slow for training).
+        affixes: Ids before and after every context; by default the tokenizer's special tokens.
     """
 
     def __init__(
@@ -34,12 +38,14 @@ class ContextAssembler:
         tokenizer: PreTrainedTokenizerBase,
         prompt: Prompt,
         store: TokenStore | None = None,
+        affixes: tuple[list[int], list[int]] | None = None,
     ) -> None:
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.store = store
-        self.prefix_ids, self.suffix_ids = special_affixes(tokenizer)
+        self.prefix_ids, self.suffix_ids = affixes if affixes is not None else special_affixes(tokenizer)
+        self._told_of_cut_passages = False
 
     def contexts(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch) -> TokenBatch:
         """Returns the joined contexts, passages of one question adjacent.
@@ -50,6 +56,44 @@ class ContextAssembler:
         """
         passages = self.passage_tokens(ids_BK.reshape(-1).cpu().numpy())
         return self._join(passages, questions, ids_BK.shape[1]).to(ids_BK.device)
+
+    def stuffed(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch) -> TokenBatch:
+        """Returns one context for each question with all its passages in it, best first, ``[B, L]``.
+
+        What does not fit into ``prompt.max_tokens`` is cut from the end of the last passages, with one warning.
+
+        Args:
+            ids_BK: Passage numbers; ``-1`` adds nothing.
+            questions: As in :meth:`contexts`.
+        """
+        separator = np.asarray(self.tokenizer(self.prompt.passage_separator, add_special_tokens=False)["input_ids"])
+        pieces = self.passage_tokens(ids_BK.reshape(-1).cpu().numpy())
+        joined: list[NDArray[np.integer]] = []
+        for row in range(ids_BK.shape[0]):
+            found = [ids for ids in pieces[row * ids_BK.shape[1] : (row + 1) * ids_BK.shape[1]] if len(ids) > 0]
+            parts = [part for ids in found for part in (separator, ids)][1:]
+            joined.append(np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64))
+        contexts = self._join(joined, questions, 1)
+        self._tell_of_cut_passages(joined, questions, contexts)
+        return contexts.to(ids_BK.device)
+
+    def _tell_of_cut_passages(
+        self, joined: Sequence[NDArray[np.integer]], questions: TokenBatch, contexts: TokenBatch
+    ) -> None:
+        affixes = len(self.prefix_ids) + len(self.suffix_ids)
+        wanted = np.array([len(ids) for ids in joined]) + questions.attention_mask.sum(dim=1).cpu().numpy() + affixes
+        num_cut = int((wanted > contexts.attention_mask.sum(dim=1).cpu().numpy()).sum())
+        if num_cut > 0 and not self._told_of_cut_passages:
+            self._told_of_cut_passages = True
+            logger.warning(
+                "the passages of %d of %d questions do not fit into one prompt of model.prompt.max_tokens=%d tokens "
+                "(the longest takes %d) and are cut at its end; further ones will be without a message. Raise it, or "
+                "lower model.num_passages or model.prompt.max_passage_tokens.",
+                num_cut,
+                len(joined),
+                self.prompt.max_tokens,
+                int(wanted.max()),
+            )
 
     def contexts_of(self, passages: Sequence[Passage], questions: TokenBatch) -> TokenBatch:
         """Returns contexts of passages that need not be in the corpus, one for each question, ``[B, L]``."""

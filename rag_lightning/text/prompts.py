@@ -29,6 +29,9 @@ class Prompt:
         passage_template: Fields ``{title}`` and ``{text}``, at least one of them.
         question_template: Field ``{question}``.
         question_first: Question before passage; the passage template then needs the leading space.
+        answer_prefix: Stands before every answer that a model is trained on: the space between prompt and answer
+            where a decoder-only model goes on from ``Answer:``. Empty for an encoder-decoder.
+        passage_separator: Stands between the passages where one prompt holds them all (``objective=prompt_stuffing``).
         max_passage_tokens: Limit of the rendered passage, without special tokens.
         max_tokens: Limit of the whole input, special tokens included.
 
@@ -44,6 +47,8 @@ class Prompt:
     passage_template: str = "{title} / {text}"
     question_template: str = " // {question}"
     question_first: bool = False
+    answer_prefix: str = ""
+    passage_separator: str = "\n"
     max_passage_tokens: int = 200
     max_tokens: int = 300
 

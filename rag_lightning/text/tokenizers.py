@@ -7,7 +7,7 @@ small world: names stay whole, so that a small generator can copy them in one st
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ CONTINUATION = "##"
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 MAX_PIECES = 1000  # sub-word pieces beyond single characters, for words outside the vocabulary
 PROBES = ("a", "the", "1", ".")
+CHAT_PROBE = "context-and-question"
 
 
 def load_tokenizer(
@@ -102,6 +103,55 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         f"{type(tokenizer).__name__}: expected the ids of a text to stand unchanged between its special tokens, but no "
         f"probe of {PROBES} does. Use a tokenizer whose template only adds ids before and after."
     )
+
+
+def chat_affixes(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> tuple[list[int], list[int]]:
+    """Returns the ids that the chat template puts before and after a user's turn, up to where the answer begins.
+
+    Args:
+        tokenizer: With a chat template.
+        system: The system message before the user's turn, if any.
+
+    Raises:
+        ConfigError: There is no chat template, or it does not let a user's words stand as they are.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "generator.chat=true: expected a tokenizer with a chat template, came one without. Give that of an "
+            "instruction-tuned model, or set generator.chat=false"
+        )
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": CHAT_PROBE})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, found, after = str(text).partition(CHAT_PROBE)
+    if not found:
+        raise ConfigError(f"generator.chat=true: expected the chat template to write a user's words, came {text!r}")
+    ids = tokenizer([before, after], add_special_tokens=False)["input_ids"]
+    return list(ids[0]), list(ids[1])
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], before: str) -> list[list[int]]:
+    """Returns the ids of texts as they are where they follow other text, as an answer follows its prompt.
+
+    Vocabularies differ in who brings the space: byte-level ones write ``" Paris"``, SentencePiece ones add it unasked.
+
+    Args:
+        tokenizer: Of the generator.
+        texts: What follows, with its leading space.
+        before: The end of what it follows, such as ``":"``.
+
+    Raises:
+        ConfigError: The tokenizer joins ``before`` to what follows.
+    """
+    start = list(tokenizer(before, add_special_tokens=False)["input_ids"])
+    joined = tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, joined, strict=True):
+        if list(ids[: len(start)]) != start:
+            raise ConfigError(
+                f"{type(tokenizer).__name__}: expected {before!r} to keep its ids where {text!r} follows, but they are "
+                "joined into one token. Set model.prompt.answer_prefix to begin with a space or a line break."
+            )
+    return [list(ids[len(start) :]) for ids in joined]
 
 
 def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bool = True) -> PreTrainedTokenizerFast:

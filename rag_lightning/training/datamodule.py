@@ -152,7 +152,11 @@ class RagDataModule(L.LightningDataModule):
         if tokenizer is None:
             raise ConfigError("the generator has no tokenizer: give one when loading it")
         self._assembler = ContextAssembler(
-            corpus=self._corpus, tokenizer=tokenizer, prompt=model.prompt, store=self._generator_store()
+            corpus=self._corpus,
+            tokenizer=tokenizer,
+            prompt=model.prompt,
+            store=self._generator_store(),
+            affixes=model.generator.affixes(),
         )
         if self._corpus is not None and model.encoder is not None:
             self._passage_tokens = PassageTokens(

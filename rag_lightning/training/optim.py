@@ -129,8 +129,10 @@ def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
             f"{sorted(parts)}. Set one of optim.train_query_encoder, train_passage_encoder, train_generator, "
             "train_fusion."
         )
-    for name, module in parts.items():
-        module.requires_grad_(name in trained)
+    for part, module in parts.items():
+        fixed: frozenset[str] = getattr(module, "fixed_parameters", frozenset())  # what lies under adapters
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(part in trained and name not in fixed)
 
 
 def parameter_groups(model: RagModel, settings: OptimSettings) -> list[dict[str, Any]]:

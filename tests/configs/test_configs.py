@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
     BertForSequenceClassification,
@@ -46,7 +47,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 75
+NUM_FILES = 79
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -58,8 +59,10 @@ REPLACEMENTS = {
     "generator/bart_base": ("generator.source={bart}",),
     "generator/bart_large": ("generator.source={bart}",),
     "generator/bart_tiny": ("generator.tokenizer={tokenizer}",),
+    "generator/causal_hf": ("generator.source={llama}",),
     "generator/films": ("generator.source={bart}", "generator.tokenizer={tokenizer}"),
     "generator/hf": ("generator.source={bart}",),
+    "generator/llama_tiny": ("generator.tokenizer={tokenizer}",),
     "generator/minilm2minilm": ("generator.encoder={bert}", "generator.decoder={bert}"),
     "generator/t5_base": ("generator.source={t5}",),
     "generator/t5_tiny": ("generator.tokenizer={tokenizer}",),
@@ -79,6 +82,7 @@ EXTRAS = {
     "retriever/hybrid_gate": "bm25s",
     "retriever/hybrid_rrf": "bm25s",
     "retriever/sparse": "bm25s",
+    "peft/lora": "peft",
     "logger/wandb": "wandb",
     "logger/tensorboard": "tensorboard",
 }
@@ -119,6 +123,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_gene
     t5 = AutoConfig.for_model("t5", **small, vocab_size=len(bart.tokenizer), decoder_start_token_id=0)
     AutoModelForSeq2SeqLM.from_config(t5).save_pretrained(root / "t5")
     bart.tokenizer.save_pretrained(root / "t5")
+    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = AutoConfig.for_model("llama", **narrow, num_key_value_heads=2, vocab_size=len(bart.tokenizer))
+    AutoModelForCausalLM.from_config(llama).save_pretrained(root / "llama")
+    bart.tokenizer.save_pretrained(root / "llama")
     return {path.name: path for path in root.iterdir()} | {"tokenizer": tiny_world.tokenizer}
 
 
@@ -370,6 +378,7 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
             "decoding",
             "encoder",
             "generator",
+            "peft",
             "logger",
             "objective",
             "reindex",

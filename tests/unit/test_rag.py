@@ -388,7 +388,7 @@ def test_the_marginal_is_generator_times_prior(model, retriever, objective, orac
 def test_an_unknown_objective_or_decoding_is_refused(model, retriever):
     hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, retriever)
     batch = batch_of(model, retriever, hits, scores_BK)
-    with pytest.raises(ConfigError, match="expected objective rag_token, rag_sequence or fid, got 'rag'"):
+    with pytest.raises(ConfigError, match="expected objective rag_token, rag_sequence, fid or stuffed, got 'rag'"):
         inspect.unwrap(RagModel.marginal)(model, batch, objective="rag")
     with pytest.raises(ConfigError, match=r"expected decoding rag_token, rag_sequence_fast, .* got 'rag'"):
         inspect.unwrap(RagModel.decode)(model, model.generator.encode(batch.contexts), scores_BK, decoding="rag")

@@ -92,10 +92,12 @@ def read(
     hf_compat: bool = False,
     hits: Hits | None = None,
     read_alone: bool = False,
+    alone: EncodedContexts | None = None,
 ) -> Outcome:
     """Returns the marginal loss of a batch's targets given its contexts, smoothed in training only.
 
     What ``fid`` reads of each passage alone is a diagnostic in evaluation; training asks for it by ``read_alone``.
+    ``stuffed`` contexts hold all passages of a question; those of each ``alone`` are given beside them.
     """
     encoded = model.generator.encode(contexts)
     marginal = model.marginal(
@@ -105,6 +107,7 @@ def read(
         label_smoothing=label_smoothing if model.training else 0.0,
         hf_compat=hf_compat,
         read_alone=read_alone or not model.training,
+        alone=alone,
     )
     return Outcome(marginal.nll_B, marginal.num_tokens_B, marginal, hits, encoded, doc_scores_BK)
 

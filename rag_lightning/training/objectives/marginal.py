@@ -25,15 +25,16 @@ RETRIEVER = ("query_encoder", "passage_encoder", "fusion")
 class MarginalObjective:
     """RAG-Token or RAG-Sequence: retrieve, read each passage, sum the passages out (Lewis et al. 2020, §2.1).
 
-    Or fusion-in-decoder: read all passages at once (Izacard and Grave 2021b). Its likelihood does not look at
-    ``p(z|x)``, so there the retriever learns from ``retriever_losses`` or not at all.
+    Or read all passages at once: by a decoder that attends to all of them (fusion-in-decoder, Izacard and Grave 2021b),
+    or from one prompt (Ram et al. 2023). That likelihood does not look at ``p(z|x)``, so there the retriever learns
+    from ``retriever_losses`` or not at all.
 
     With ``retriever_losses`` it is ``marginal_weight · -log p(y|x) + Σ weight · loss``. As in Atlas, the retriever then
     usually learns from those alone (``teaches_retriever=False``), and a reader that stays as it is, REPLUG's, has
     ``marginal_weight=0``.
 
     Args:
-        kind: ``rag_token``, ``rag_sequence`` or ``fid``.
+        kind: ``rag_token``, ``rag_sequence``, ``fid`` or ``stuffed``.
         label_smoothing: ε of the target distribution; the penalty is weighted by the passages' posterior.
         hf_compat: Prior placement and smoothing as in transformers.
         marginal_weight: What the marginal's part of the loss is multiplied by; 0 leaves the generator as it is.
@@ -69,7 +70,10 @@ class MarginalObjective:
         self.marginal_weight = marginal_weight
         self.teaches_retriever = teaches_retriever
         self.retriever_losses = dict(retriever_losses or {})
-        reaches_retriever = (teaches_retriever and marginal_weight > 0 and kind != "fid") or bool(self.retriever_losses)
+        looks_at_prior = kind not in ("fid", "stuffed")
+        reaches_retriever = (teaches_retriever and marginal_weight > 0 and looks_at_prior) or bool(
+            self.retriever_losses
+        )
         self.trains: tuple[str, ...] = (
             *(RETRIEVER if reaches_retriever else ()),
             *(("generator",) if marginal_weight > 0 else ()),
@@ -88,7 +92,14 @@ class MarginalObjective:
             raise ConfigError(f"objective {self.kind}: expected a retriever, came none")
         texts = [question.question for question in batch.questions]
         hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever, reencode=sources.reencode)
-        contexts = sources.assembler.contexts(hits.ids_BK.to(scores_BK.device), batch.prompt)
+        ids_BK, alone = hits.ids_BK.to(scores_BK.device), None
+        if self.kind == "stuffed":
+            contexts = sources.assembler.stuffed(ids_BK, batch.prompt)
+            if self.retriever_losses:
+                with torch.no_grad():
+                    alone = model.generator.encode(sources.assembler.contexts(ids_BK, batch.prompt))
+        else:
+            contexts = sources.assembler.contexts(ids_BK, batch.prompt)
         known_BK = scores_BK if self.teaches_retriever else scores_BK.detach()
         with nullcontext() if self.marginal_weight > 0 else torch.no_grad():
             outcome = read(
@@ -101,6 +112,7 @@ class MarginalObjective:
                 self.hf_compat,
                 hits,
                 read_alone=bool(self.retriever_losses),
+                alone=alone,
             )
         if not self.retriever_losses and self.marginal_weight == 1.0:
             return outcome

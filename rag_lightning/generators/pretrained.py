@@ -1,0 +1,248 @@
+"""What all generators made of a transformers model share: its files, its special tokens, how targets are scored."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rag_lightning.corpora.places import model_place
+from rag_lightning.errors import CheckpointError, ConfigError
+from rag_lightning.generators.base import DecoderState, EncodedContexts
+from rag_lightning.generators.lora import merged
+from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
+from rag_lightning.types import GeneratorOutput, TokenBatch
+
+GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
+
+
+class PretrainedGenerator(nn.Module, ABC):
+    """The base of the generator families: a transformers model with its tokenizer.
+
+    What a family adds is :class:`rag_lightning.generators.base.Generator`, and ``attention``.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; needed to read and write text, not to score ids.
+        pad_token_id: Padding in contexts and targets.
+        start_token_id: First token of every target.
+        eos_token_id: Last token of every target.
+        vocab_size: Rows of the output layer.
+
+    Raises:
+        ConfigError: The end of an answer could not be told from padding.
+        CheckpointError: The tokenizer has tokens that the output layer has not.
+    """
+
+    auto_class: ClassVar[Any]
+    kind: ClassVar[str]
+    can_fuse: ClassVar[bool]  # whether a decoder can attend to contexts that were encoded apart (fusion-in-decoder)
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        pad_token_id: int,
+        start_token_id: int,
+        eos_token_id: int,
+        vocab_size: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        self.start_token_id = start_token_id
+        self.eos_token_id = eos_token_id
+        self.vocab_size = vocab_size
+        reads = getattr(model.config, "encoder", None) or model.config
+        self.max_positions: int | None = getattr(reads, "max_position_embeddings", None)
+        if pad_token_id == eos_token_id:
+            raise ConfigError(
+                f"the generator's padding and end token are both {eos_token_id}: the end of an answer would never "
+                "be scored, and the model never learn to stop. Give its config another pad_token_id, or a decoder-only "
+                "model generator.pad_token (a token of its vocabulary that texts do not use, or a new one)."
+            )
+        if tokenizer is not None and len(tokenizer) > vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} tokens but the generator's output layer only {vocab_size}: "
+                "they belong to different models. Give the tokenizer that the generator was trained with."
+            )
+
+    @property
+    def fixed_parameters(self) -> frozenset[str]:
+        """Names of the parameters that never learn: those of the model under its adapters."""
+        return getattr(self, "_fixed_parameters", frozenset())
+
+    @fixed_parameters.setter
+    def fixed_parameters(self, names: frozenset[str]) -> None:
+        self._fixed_parameters = names
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the constructor's arguments besides model and tokenizer, as they are saved with a model."""
+        return {}
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """Returns the ids that stand before and after every context."""
+        return special_affixes(self.text_tokenizer)
+
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("this model has no generator tokenizer: give one when loading it")
+        return self.tokenizer
+
+    @classmethod
+    def read(cls, source: str, tokenizer: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+        """Returns the model and the tokenizer of a folder, a hub id, or a ``bundled:`` folder in transformers' layout.
+
+        Args:
+            source: Where the model is.
+            tokenizer: Where its tokenizer is, if not in the same place.
+        """
+        place = model_place(source)
+        model = cls.auto_class.from_pretrained(place, dtype=torch.float32)
+        return model, load_tokenizer(model_place(tokenizer) if tokenizer is not None else place)
+
+    @classmethod
+    def load(cls: type[GeneratorT], directory: Path, settings: dict[str, Any] | None = None) -> GeneratorT:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            directory: Where.
+            settings: What :meth:`settings` said.
+        """
+        model = cls.auto_class.from_pretrained(model_place(str(directory)), dtype=torch.float32)
+        has_tokenizer = (directory / "tokenizer_config.json").is_file()
+        tokens = load_tokenizer(directory) if has_tokenizer else None
+        arguments: dict[str, Any] = {**(settings or {}), "tokenizer": tokens}
+        return cls(model=model, **arguments)
+
+    def save(self, directory: Path) -> None:
+        """Writes the model, adapters merged, and the tokenizer if there is one, in the transformers layout."""
+        merged(self.model).save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+    @classmethod
+    def model_from_config(cls, model_type: str, settings: dict[str, Any], tokens: PreTrainedTokenizerBase) -> Any:
+        """Returns a randomly initialised model whose vocabulary and special tokens are the tokenizer's."""
+        config = AutoConfig.for_model(model_type, **{**_special_ids(tokens), "vocab_size": len(tokens), **settings})
+        return cls.auto_class.from_config(config)
+
+    @abstractmethod
+    def encode(self, contexts: TokenBatch) -> EncodedContexts:
+        """See :class:`~rag_lightning.generators.base.Generator`."""
+
+    @abstractmethod
+    def score(
+        self,
+        encoded: EncodedContexts,
+        labels_BT1: Int[Tensor, "B T1"],
+        num_passages: int,
+        *,
+        vocab_mean: bool = False,
+        keep_logits: bool = False,
+    ) -> GeneratorOutput:
+        """See :class:`~rag_lightning.generators.base.Generator`."""
+
+    @abstractmethod
+    def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:
+        """Returns how much the decoder takes from each token of its context; refuses where it cannot be known."""
+
+    @abstractmethod
+    def start(self, encoded: EncodedContexts) -> DecoderState:
+        """See :class:`~rag_lightning.generators.base.Generator`."""
+
+    @abstractmethod
+    def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
+        """See :class:`~rag_lightning.generators.base.Generator`."""
+
+    @abstractmethod
+    def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
+        """See :class:`~rag_lightning.generators.base.Generator`."""
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuses inputs that are longer than the model has positions.
+
+        Raises:
+            ConfigError: Says how long, and what to lower.
+        """
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise ConfigError(
+                f"expected inputs within the generator's {self.max_positions} positions, came {num_tokens} tokens: "
+                "lower model.prompt.max_tokens (or, for a decoder-only generator, model.max_target_tokens)"
+            )
+
+    def scored(
+        self,
+        logits_NTV: Float[Tensor, "N T V"],
+        labels_BT1: Int[Tensor, "B T1"],
+        *,
+        vocab_mean: bool,
+        keep_logits: bool,
+    ) -> GeneratorOutput:
+        """Returns what logits say of the targets, each of which stands for ``K = N / B`` adjacent rows.
+
+        Args:
+            logits_NTV: Logits of the T tokens after the start token, ``N = B * K``.
+            labels_BT1: The targets.
+            vocab_mean: Also the vocabulary's mean log-probability.
+            keep_logits: Also the logits.
+        """
+        targets_BT = labels_BT1[:, 1:]
+        batch_size, num_targets = targets_BT.shape
+        num_passages = logits_NTV.shape[0] // batch_size
+        mask_BT = targets_BT != self.pad_token_id
+        with torch.autocast(logits_NTV.device.type, enabled=False):
+            logits_NTV = logits_NTV if logits_NTV.dtype == torch.float64 else logits_NTV.float()
+            normaliser_NT = logits_NTV.logsumexp(dim=-1)
+            index_NT1 = targets_BT.repeat_interleave(num_passages, dim=0)[..., None]
+            log_probs_NT = logits_NTV.gather(-1, index_NT1).squeeze(-1) - normaliser_NT
+            mean_NT = logits_NTV.mean(dim=-1) - normaliser_NT if vocab_mean else None
+        shape_BKT = (batch_size, num_passages, num_targets)
+        return GeneratorOutput(
+            token_log_probs_BKT=log_probs_NT.view(shape_BKT).masked_fill(~mask_BT[:, None], 0.0),
+            target_mask_BT=mask_BT,
+            vocab_mean_BKT=mean_NT.view(shape_BKT) if mean_NT is not None else None,
+            logits_BKTV=logits_NTV.view(*shape_BKT, -1) if keep_logits else None,
+        )
+
+
+def check_rows(num_contexts: int, num_targets: int, num_passages: int) -> None:
+    """Refuses contexts that are not those of the targets.
+
+    Raises:
+        ConfigError: Not B x K contexts.
+    """
+    if num_contexts != num_targets * num_passages:
+        raise ConfigError(
+            f"expected {num_targets} targets x {num_passages} passages = {num_targets * num_passages} contexts, "
+            f"got {num_contexts}: num_passages must be the K that retrieval used"
+        )
+
+
+def next_log_probs(logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Returns the log-probabilities of the next token, in float32 at least."""
+    return (logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()).log_softmax(dim=-1)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "decoder_start_token_id": start if start is not None else tokenizer.pad_token_id,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+    }
