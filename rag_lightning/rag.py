@@ -11,21 +11,24 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rag_lightning.decoding.options import Decoded, DecodingOptions
-from rag_lightning.decoding.rag_sequence import decode_rag_sequence
-from rag_lightning.decoding.rag_token import decode_rag_token
+from rag_lightning.decoding.constraints import NO_RULES, OutputRules
+from rag_lightning.decoding.decode import decode
+from rag_lightning.decoding.options import Decoded, DecodingMode, DecodingOptions
+from rag_lightning.decoding.text_rules import text_rules
+from rag_lightning.decoding.texts import alternatives, answer_texts, tokens_with_posteriors
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import (
+    TokenPosteriorKind,
     doc_log_prior,
     hf_smoothed_nll,
     passage_log_likelihood,
@@ -33,9 +36,9 @@ from rag_lightning.losses.marginal import (
     rag_sequence_log_likelihood,
     rag_token_log_likelihood,
     smoothing_penalty,
+    token_posteriors,
 )
 from rag_lightning.rag_parts import (
-    DecodingMode,
     MarginalKind,
     RagParts,
     RagSettings,
@@ -49,7 +52,16 @@ from rag_lightning.retrieval.base import Retriever
 from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
 from rag_lightning.text.prompts import Prompt
-from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
+from rag_lightning.types import (
+    Hits,
+    Prediction,
+    Question,
+    RagBatch,
+    RetrievedPassage,
+    TensorRecord,
+    TokenBatch,
+    TokenPosteriors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +120,7 @@ class RagModel(nn.Module):
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: Retriever | None = None
         self._told_of_cut_questions = False
+        self._rules: tuple[DecodingOptions, OutputRules] | None = None
 
     # ------------------------------------------------------------------ scoring
 
@@ -323,27 +336,33 @@ class RagModel(nn.Module):
         *,
         decoding: DecodingMode | None = None,
         options: DecodingOptions | None = None,
+        rng: torch.Generator | None = None,
     ) -> Decoded:
         """Returns the answers' tokens, decoded over K passages at once; see :mod:`rag_lightning.decoding`."""
-        decoding = decoding if decoding is not None else self.settings.decoding
+        mode = decoding if decoding is not None else self.settings.decoding
         options = options if options is not None else self.decoding_options
         prior_BK = doc_log_prior(doc_scores_BK, self.settings.temperature)
-        if decoding == "rag_token":
-            return decode_rag_token(self.generator, encoded, prior_BK, options)
-        if decoding in ("rag_sequence_fast", "rag_sequence_thorough"):
-            thorough = decoding == "rag_sequence_thorough"
-            return decode_rag_sequence(self.generator, encoded, prior_BK, options, thorough=thorough)
-        if decoding == "fid":
-            fused = encoded.fused(prior_BK > -torch.inf)
-            return decode_rag_token(self.generator, fused, torch.zeros_like(prior_BK[:, :1]), options)
-        known = ", ".join(get_args(DecodingMode))
-        raise ConfigError(f"expected decoding {known}, got {decoding!r}")
+        rules = self.output_rules(options).to(prior_BK.device)
+        return decode(self.generator, encoded, prior_BK, options, mode=mode, rules=rules, rng=rng)
+
+    def output_rules(self, options: DecodingOptions) -> OutputRules:
+        """Returns the rules of ``options.stop`` and ``options.allowed``; those of the last options are kept."""
+        if not options.stop and options.allowed is None:
+            return NO_RULES
+        if self._rules is None or self._rules[0] != options:
+            rules = text_rules(
+                options,
+                generator=self.generator,
+                tokenizer=self._generator_tokenizer(),
+                target_tokens=self.target_tokens,
+                max_target_tokens=self.settings.max_target_tokens,
+            )
+            self._rules = (options, rules)
+        return self._rules[1]
 
     def answers(self, decoded: Decoded) -> list[str]:
-        """Returns the texts of decoded answers."""
-        tokenizer = self._generator_tokenizer()
-        texts = tokenizer.batch_decode(decoded.sequences_BT, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        """Returns the texts of decoded answers, cut before their stop strings."""
+        return answer_texts(self._generator_tokenizer(), decoded.sequences_BT, decoded.stop)
 
     @torch.no_grad()
     def generate(
@@ -355,6 +374,8 @@ class RagModel(nn.Module):
         num_passages: int | None = None,
         options: DecodingOptions | None = None,
         batch_size: int = 16,
+        token_posteriors: bool = False,
+        rng: torch.Generator | None = None,
     ) -> list[Prediction]:
         """Answers questions, with the passages behind each answer.
 
@@ -363,8 +384,11 @@ class RagModel(nn.Module):
             retriever: Where to search; by default the snapshot and corpus that the model was saved with.
             decoding: The model's by default.
             num_passages: K; the model's by default.
-            options: Beams, lengths; the model's by default.
+            options: Beams, lengths, sampling; the model's by default.
             batch_size: Questions at a time.
+            token_posteriors: Also say which passage each token comes from: of RAG-Token's decoding token by token, of
+                any other for the answer so far (with ``fid``, as if each passage had been read alone).
+            rng: For sampling; by default one seeded by ``options.seed``.
 
         Raises:
             ConfigError: No retriever is given and none was saved, or K is larger than the corpus.
@@ -380,13 +404,17 @@ class RagModel(nn.Module):
             tokenizer=self._generator_tokenizer(),
             prompt=self.prompt,
         )
+        seed = (options if options is not None else self.decoding_options).seed
+        rng = rng if rng is not None else torch.Generator(next(self.parameters()).device).manual_seed(seed)
         modes = {module: module.training for module in self.modules()}  # frozen parts may stand otherwise than the rest
         self.eval()
         try:
             predictions: list[Prediction] = []
             for start in range(0, len(records), batch_size):
                 batch = records[start : start + batch_size]
-                predictions += self._answer_batch(batch, retriever, assembler, decoding, num_passages, options)
+                predictions += self._answer_batch(
+                    batch, retriever, assembler, decoding, num_passages, options, token_posteriors, rng
+                )
             return predictions
         finally:
             for module, mode in modes.items():
@@ -400,6 +428,8 @@ class RagModel(nn.Module):
         decoding: DecodingMode | None,
         num_passages: int | None,
         options: DecodingOptions | None,
+        token_posteriors: bool,
+        rng: torch.Generator,
     ) -> list[Prediction]:
         device = next(self.parameters()).device
         texts = [record.question for record in records]
@@ -412,8 +442,12 @@ class RagModel(nn.Module):
             hits, scores_BK = self.retrieve(query, texts, retriever, num_passages=num_passages)
             contexts = assembler.contexts(hits.ids_BK.to(device), prompt)
         encoded = self.generator.encode(contexts)
-        decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options)
-        return self.predictions(records, decoded, encoded, scores_BK, hits, retriever)
+        decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options, rng=rng)
+        by_token = (decoding if decoding is not None else self.settings.decoding) == "rag_token"
+        kind: TokenPosteriorKind = "rag_token" if by_token else "rag_sequence"
+        return self.predictions(
+            records, decoded, encoded, scores_BK, hits, retriever, posterior_kind=kind if token_posteriors else None
+        )
 
     def predictions(
         self,
@@ -423,14 +457,26 @@ class RagModel(nn.Module):
         scores_BK: Float[Tensor, "B K"],
         hits: Hits | None,
         retriever: Retriever | None,
+        *,
+        posterior_kind: TokenPosteriorKind | None = None,
     ) -> list[Prediction]:
-        """Returns decoded answers as records, each passage with its prior and its posterior given the answer."""
+        """Returns decoded answers as records, each passage with its prior and its posterior given the answer.
+
+        With ``posterior_kind``, also token by token, where there are passages.
+        """
         prior_BK = doc_log_prior(scores_BK, self.settings.temperature)
         output = self.generator.score(encoded, decoded.sequences_BT, scores_BK.shape[1])
         scored_B = output.target_mask_BT.any(dim=1)
         mask_BT = output.target_mask_BT | ~scored_B[:, None]  # an empty answer leaves the prior as it is
         posterior_BK = passage_log_posterior(output.token_log_probs_BKT, prior_BK, mask_BT)
         evidence = retriever.evidence(hits).passages if retriever is not None and hits is not None else None
+        nbest = alternatives(self._generator_tokenizer(), decoded)
+        by_token: list[TokenPosteriors | None] = [None] * len(records)
+        if posterior_kind is not None and evidence is not None:
+            by_token_BKT = token_posteriors(output.token_log_probs_BKT, prior_BK, mask_BT, posterior_kind)
+            by_token[:] = tokens_with_posteriors(
+                self._generator_tokenizer(), decoded.sequences_BT, by_token_BKT, self.generator.pad_token_id
+            )
         results = []
         for row, (record, answer) in enumerate(zip(records, self.answers(decoded), strict=True)):
             passages = []
@@ -440,7 +486,8 @@ class RagModel(nn.Module):
                 )
                 passages.append(RetrievedPassage(passage.id, passage.title, passage.text, score, prior, posterior))
             likelihood = float(decoded.log_likelihood_B[row])
-            results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages)))
+            more = (nbest[row], by_token[row])
+            results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages), *more))
         return results
 
     # ------------------------------------------------------------------ files
