@@ -11,21 +11,24 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rag_lightning.decoding.options import Decoded, DecodingOptions
-from rag_lightning.decoding.rag_sequence import decode_rag_sequence
-from rag_lightning.decoding.rag_token import decode_rag_token
+from rag_lightning.decoding.constraints import NO_RULES, OutputRules
+from rag_lightning.decoding.decode import decode
+from rag_lightning.decoding.options import Decoded, DecodingMode, DecodingOptions
+from rag_lightning.decoding.text_rules import text_rules
+from rag_lightning.decoding.texts import alternatives, answer_texts, tokens_with_posteriors
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
-from rag_lightning.generators.base import EncodedContexts
+from rag_lightning.generators.base import NO_FUSION, EncodedContexts
 from rag_lightning.generators.pretrained import PretrainedGenerator
 from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import (
+    TokenPosteriorKind,
     doc_log_prior,
     hf_smoothed_nll,
     passage_log_likelihood,
@@ -33,9 +36,9 @@ from rag_lightning.losses.marginal import (
     rag_sequence_log_likelihood,
     rag_token_log_likelihood,
     smoothing_penalty,
+    token_posteriors,
 )
 from rag_lightning.rag_parts import (
-    DecodingMode,
     MarginalKind,
     RagParts,
     RagSettings,
@@ -50,7 +53,16 @@ from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import continuation_ids
-from rag_lightning.types import Hits, Prediction, Question, RagBatch, RetrievedPassage, TensorRecord, TokenBatch
+from rag_lightning.types import (
+    Hits,
+    Prediction,
+    Question,
+    RagBatch,
+    RetrievedPassage,
+    TensorRecord,
+    TokenBatch,
+    TokenPosteriors,
+)
 
 logger = logging.getLogger(__name__)
 ANSWER_FOLLOWS = ":"  # the end of a prompt, as a tokenizer is shown it that writes an answer behind one
@@ -106,12 +118,13 @@ class RagModel(nn.Module):
         self.generator = generator
         self.prompt = prompt if prompt is not None else Prompt()
         self.settings = settings if settings is not None else RagSettings()
-        if "fid" in (self.settings.objective, self.settings.decoding):
-            self._check_fuses()
+        if "fid" in (self.settings.objective, self.settings.decoding) and not generator.can_fuse:
+            raise ConfigError(NO_FUSION)
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: Retriever | None = None
         self._told_of_cut_questions = False
+        self._rules: tuple[DecodingOptions, OutputRules] | None = None
 
     # ------------------------------------------------------------------ scoring
 
@@ -195,7 +208,7 @@ class RagModel(nn.Module):
             encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
             if objective == "stuffed":
                 return self._together(batch, encoded, alone, label_smoothing)
-            fused = self._fused(encoded, batch.doc_scores_BK > -torch.inf)
+            fused = encoded.fused(batch.doc_scores_BK > -torch.inf)
             return self._together(batch, fused, encoded if read_alone else None, label_smoothing)
         hf_compat = hf_compat if hf_compat is not None else self.settings.hf_compat
         hf_smoothing = hf_compat and label_smoothing > 0
@@ -230,19 +243,6 @@ class RagModel(nn.Module):
             nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
         alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
         return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
-
-    def _fused(self, encoded: EncodedContexts, found_BK: Bool[Tensor, "B K"]) -> EncodedContexts:
-        """Returns :meth:`EncodedContexts.fused`, where the decoder can attend to contexts that were encoded apart."""
-        self._check_fuses()
-        return encoded.fused(found_BK)
-
-    def _check_fuses(self) -> None:
-        if not self.generator.can_fuse:
-            raise ConfigError(
-                "fid: expected an encoder-decoder, whose decoder attends to passages that were encoded apart, came a "
-                "decoder-only generator. Use objective=prompt_stuffing (decoding.mode=stuffed), which writes all "
-                "passages into one prompt, or a marginal."
-            )
 
     def _together(
         self, batch: RagBatch, together: EncodedContexts, alone: EncodedContexts | None, label_smoothing: float
@@ -355,27 +355,33 @@ class RagModel(nn.Module):
         *,
         decoding: DecodingMode | None = None,
         options: DecodingOptions | None = None,
+        rng: torch.Generator | None = None,
     ) -> Decoded:
         """Returns the answers' tokens, decoded over K passages at once; see :mod:`rag_lightning.decoding`."""
-        decoding = decoding if decoding is not None else self.settings.decoding
+        mode = decoding if decoding is not None else self.settings.decoding
         options = options if options is not None else self.decoding_options
         prior_BK = doc_log_prior(doc_scores_BK, self.settings.temperature)
-        if decoding == "rag_token":
-            return decode_rag_token(self.generator, encoded, prior_BK, options)
-        if decoding in ("rag_sequence_fast", "rag_sequence_thorough"):
-            thorough = decoding == "rag_sequence_thorough"
-            return decode_rag_sequence(self.generator, encoded, prior_BK, options, thorough=thorough)
-        if decoding in ("fid", "stuffed"):
-            one = self._fused(encoded, prior_BK > -torch.inf) if decoding == "fid" else encoded
-            return decode_rag_token(self.generator, one, torch.zeros_like(prior_BK[:, :1]), options)
-        known = ", ".join(get_args(DecodingMode))
-        raise ConfigError(f"expected decoding {known}, got {decoding!r}")
+        rules = self.output_rules(options).to(prior_BK.device)
+        return decode(self.generator, encoded, prior_BK, options, mode=mode, rules=rules, rng=rng)
+
+    def output_rules(self, options: DecodingOptions) -> OutputRules:
+        """Returns the rules of ``options.stop`` and ``options.allowed``; those of the last options are kept."""
+        if not options.stop and options.allowed is None:
+            return NO_RULES
+        if self._rules is None or self._rules[0] != options:
+            rules = text_rules(
+                options,
+                generator=self.generator,
+                tokenizer=self._generator_tokenizer(),
+                target_tokens=self.target_tokens,
+                max_target_tokens=self.settings.max_target_tokens,
+            )
+            self._rules = (options, rules)
+        return self._rules[1]
 
     def answers(self, decoded: Decoded) -> list[str]:
-        """Returns the texts of decoded answers."""
-        tokenizer = self._generator_tokenizer()
-        texts = tokenizer.batch_decode(decoded.sequences_BT, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        """Returns the texts of decoded answers, cut before their stop strings."""
+        return answer_texts(self._generator_tokenizer(), decoded.sequences_BT, decoded.stop)
 
     @torch.no_grad()
     def generate(
@@ -387,6 +393,8 @@ class RagModel(nn.Module):
         num_passages: int | None = None,
         options: DecodingOptions | None = None,
         batch_size: int = 16,
+        token_posteriors: bool = False,
+        rng: torch.Generator | None = None,
     ) -> list[Prediction]:
         """Answers questions, with the passages behind each answer.
 
@@ -395,8 +403,11 @@ class RagModel(nn.Module):
             retriever: Where to search; by default the snapshot and corpus that the model was saved with.
             decoding: The model's by default.
             num_passages: K; the model's by default.
-            options: Beams, lengths; the model's by default.
+            options: Beams, lengths, sampling; the model's by default.
             batch_size: Questions at a time.
+            token_posteriors: Also say which passage each token comes from: of RAG-Token's decoding token by token, of
+                any other for the answer so far (with ``fid``, as if each passage had been read alone).
+            rng: For sampling; by default one seeded by ``options.seed``.
 
         Raises:
             ConfigError: No retriever is given and none was saved, or K is larger than the corpus.
@@ -413,13 +424,17 @@ class RagModel(nn.Module):
             prompt=self.prompt,
             affixes=self.generator.affixes(),
         )
+        seed = (options if options is not None else self.decoding_options).seed
+        rng = rng if rng is not None else torch.Generator(next(self.parameters()).device).manual_seed(seed)
         modes = {module: module.training for module in self.modules()}  # frozen parts may stand otherwise than the rest
         self.eval()
         try:
             predictions: list[Prediction] = []
             for start in range(0, len(records), batch_size):
                 batch = records[start : start + batch_size]
-                predictions += self._answer_batch(batch, retriever, assembler, decoding, num_passages, options)
+                predictions += self._answer_batch(
+                    batch, retriever, assembler, decoding, num_passages, options, token_posteriors, rng
+                )
             return predictions
         finally:
             for module, mode in modes.items():
@@ -433,6 +448,8 @@ class RagModel(nn.Module):
         decoding: DecodingMode | None,
         num_passages: int | None,
         options: DecodingOptions | None,
+        token_posteriors: bool,
+        rng: torch.Generator,
     ) -> list[Prediction]:
         device = next(self.parameters()).device
         texts = [record.question for record in records]
@@ -446,8 +463,12 @@ class RagModel(nn.Module):
             stuffed = (decoding if decoding is not None else self.settings.decoding) == "stuffed"
             contexts = (assembler.stuffed if stuffed else assembler.contexts)(hits.ids_BK.to(device), prompt)
         encoded = self.generator.encode(contexts)
-        decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options)
-        return self.predictions(records, decoded, encoded, scores_BK, hits, retriever)
+        decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options, rng=rng)
+        by_token = (decoding if decoding is not None else self.settings.decoding) == "rag_token"
+        kind: TokenPosteriorKind = "rag_token" if by_token else "rag_sequence"
+        return self.predictions(
+            records, decoded, encoded, scores_BK, hits, retriever, posterior_kind=kind if token_posteriors else None
+        )
 
     def predictions(
         self,
@@ -457,16 +478,29 @@ class RagModel(nn.Module):
         scores_BK: Float[Tensor, "B K"],
         hits: Hits | None,
         retriever: Retriever | None,
+        *,
+        posterior_kind: TokenPosteriorKind | None = None,
     ) -> list[Prediction]:
-        """Returns decoded answers as records, each passage with its prior and its posterior given the answer."""
+        """Returns decoded answers as records, each passage with its prior and its posterior given the answer.
+
+        With ``posterior_kind``, also token by token, where there are passages.
+        """
         prior_BK = doc_log_prior(scores_BK, self.settings.temperature)
         posterior_BK = prior_BK
-        if encoded.hidden_NLH.shape[0] == prior_BK.numel():  # else all passages stand in one context
+        apart = encoded.hidden_NLH.shape[0] == prior_BK.numel()  # else all passages stand in one context
+        if apart:
             output = self.generator.score(encoded, decoded.sequences_BT, scores_BK.shape[1])
             scored_B = output.target_mask_BT.any(dim=1)
             mask_BT = output.target_mask_BT | ~scored_B[:, None]  # an empty answer leaves the prior as it is
             posterior_BK = passage_log_posterior(output.token_log_probs_BKT, prior_BK, mask_BT)
         evidence = retriever.evidence(hits).passages if retriever is not None and hits is not None else None
+        nbest = alternatives(self._generator_tokenizer(), decoded)
+        by_token: list[TokenPosteriors | None] = [None] * len(records)
+        if posterior_kind is not None and evidence is not None and apart:
+            by_token_BKT = token_posteriors(output.token_log_probs_BKT, prior_BK, mask_BT, posterior_kind)
+            by_token[:] = tokens_with_posteriors(
+                self._generator_tokenizer(), decoded.sequences_BT, by_token_BKT, self.generator.pad_token_id
+            )
         results = []
         for row, (record, answer) in enumerate(zip(records, self.answers(decoded), strict=True)):
             passages = []
@@ -476,7 +510,8 @@ class RagModel(nn.Module):
                 )
                 passages.append(RetrievedPassage(passage.id, passage.title, passage.text, score, prior, posterior))
             likelihood = float(decoded.log_likelihood_B[row])
-            results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages)))
+            more = (nbest[row], by_token[row])
+            results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages), *more))
         return results
 
     # ------------------------------------------------------------------ files

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, RagSequenceForGeneration, RagTokenForGeneration
 
 from rag_lightning.corpora.passages import PassageCorpus, resolve
-from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.options import DecodingMode, DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder, Tower
 from rag_lightning.errors import CheckpointError, ConfigError, MissingFileError
 from rag_lightning.generators.causal import CausalGenerator
@@ -40,7 +40,6 @@ from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.utils.io import atomic_directory, existing_file, read_json, write_json
 
 MarginalKind = Literal["rag_token", "rag_sequence", "fid", "stuffed"]
-DecodingMode = Literal["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid", "stuffed"]
 GENERATORS: dict[str, type[PretrainedGenerator]] = {"seq2seq": Seq2SeqGenerator, "causal": CausalGenerator}
 CONFIG_NAME = "rag_config.json"
 FUSION_NAME = "fusion.safetensors"

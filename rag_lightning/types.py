@@ -209,11 +209,40 @@ class RetrievedPassage:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One of the n best answers.
+
+    Attributes:
+        log_likelihood: As in :class:`Prediction`.
+    """
+
+    answer: str
+    log_likelihood: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPosteriors:
+    """Which passage each token of an answer comes from.
+
+    Attributes:
+        tokens: The T tokens' texts, the end token's included.
+        probabilities: ``p(z | x, y_<=t)``, one row of T for each passage; see
+            :func:`rag_lightning.losses.marginal.token_posteriors`.
+    """
+
+    tokens: tuple[str, ...]
+    probabilities: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """An answer with the passages that it came from.
 
     Attributes:
         log_likelihood: ``log p(y | x)``, marginalised over the passages, natural log.
+        alternatives: The n best answers in the decoder's order, the one given first; empty unless asked for. Two may
+            read the same where their tokens differ.
+        token_posteriors: None unless asked for.
     """
 
     id: str
@@ -221,3 +250,5 @@ class Prediction:
     answer: str
     log_likelihood: float
     passages: tuple[RetrievedPassage, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    token_posteriors: TokenPosteriors | None = None

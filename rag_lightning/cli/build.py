@@ -10,11 +10,11 @@ from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.options import DecodingMode, DecodingOptions
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.lora import add_lora
 from rag_lightning.rag import RagModel
-from rag_lightning.rag_parts import DecodingMode, RagSettings
+from rag_lightning.rag_parts import RagSettings
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule

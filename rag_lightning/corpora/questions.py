@@ -57,7 +57,8 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
     """Writes one JSON line for each prediction, atomically.
 
     Each line is ``{"id", "question", "answer", "log_likelihood", "passages": [{"id", "title", "score", "probability",
-    "posterior"}]}``; passage texts stay in the corpus.
+    "posterior"}]}``; passage texts stay in the corpus. Where they were asked for, ``"alternatives": [{"answer",
+    "log_likelihood"}]`` and ``"token_posteriors": {"tokens", "probabilities"}`` (a row for each passage) follow.
     """
     write_json_lines(Path(path), (_prediction_record(prediction) for prediction in predictions))
 
@@ -67,7 +68,8 @@ def _prediction_record(prediction: Prediction) -> dict[str, Any]:
     record["passages"] = [
         {key: value for key, value in passage.items() if key != "text"} for passage in record["passages"]
     ]
-    return record
+    unasked = {"alternatives": (), "token_posteriors": None}
+    return {key: value for key, value in record.items() if key not in unasked or value != unasked[key]}
 
 
 def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorpus | None) -> Question:

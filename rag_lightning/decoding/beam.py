@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rag_lightning.decoding.constraints import constrain
+from rag_lightning.decoding.constraints import NO_RULES, OutputRules, constrain, ended
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.types import TensorRecord
@@ -55,6 +55,7 @@ def beam_search(
     encoded: EncodedContexts,
     weights_SK: Float[Tensor, "S K"],
     options: DecodingOptions,
+    rules: OutputRules = NO_RULES,
 ) -> Hypotheses:
     """Returns the ``num_beams`` best finished hypotheses of each search, best first.
 
@@ -63,6 +64,7 @@ def beam_search(
         encoded: ``S * K`` contexts, those of one search adjacent.
         weights_SK: ``log w_k``, a log-distribution over each search's passages.
         options: How to search.
+        rules: What may be written, and where it stops.
 
     Returns:
         Finished hypotheses with length-normalised scores and unnormalised log-probabilities; empty slots hold
@@ -75,11 +77,9 @@ def beam_search(
     for length in range(1, options.max_new_tokens + 1):
         tokens_N = running.sequences_SRT[:, :, length - 1].flatten().repeat_interleave(weights_SK.shape[1])
         log_probs_NV, state = generator.step(tokens_N, state)
-        candidates, parents_SC = _extend(
-            running, mixture(log_probs_NV, weights_SK), length, options, generator.eos_token_id, generator.pad_token_id
-        )
-        ended_SC = candidates.sequences_SRT[:, :, length] == generator.eos_token_id
-        ended_SC = ended_SC | (length == options.max_new_tokens)
+        candidates, parents_SC = _extend(running, mixture(log_probs_NV, weights_SK), length, options, rules, generator)
+        written_NT = candidates.sequences_SRT[:, :, : length + 1].flatten(0, 1)
+        ended_SC = ended(written_NT, options, rules, generator.eos_token_id).view_as(parents_SC)
         finished = _finish(finished, candidates, ended_SC & open_S[:, None], length, options)
         running, picks_SR = _keep_running(candidates, ended_SC, options.num_beams)
         open_S = open_S & _may_improve(running, finished, length, options)
@@ -120,13 +120,13 @@ def _extend(
     mixture_SRV: Float[Tensor, "S R V"],
     length: int,
     options: DecodingOptions,
-    eos_token_id: int,
-    pad_token_id: int,
+    rules: OutputRules,
+    generator: Generator,
 ) -> tuple[Hypotheses, Int[Tensor, "S C"]]:
     """Returns the ``C = 2 * num_beams`` best one-token extensions, best first, and the hypothesis each extends."""
     _, num_running, vocab_size = mixture_SRV.shape
     prefixes_NT = running.sequences_SRT[:, :, :length].flatten(0, 1)
-    allowed_NV = constrain(mixture_SRV.flatten(0, 1), prefixes_NT, options, eos_token_id)
+    allowed_NV = constrain(mixture_SRV.flatten(0, 1), prefixes_NT, options, generator.eos_token_id, rules)
     scores_SX = (running.scores_SR[..., None] + allowed_NV.view_as(mixture_SRV)).flatten(1)
     num_missing = max(0, 2 * options.num_beams - scores_SX.shape[1])  # a vocabulary smaller than the beam
     scores_SX = torch.nn.functional.pad(scores_SX, (0, num_missing), value=-torch.inf)
@@ -136,7 +136,7 @@ def _extend(
     parents = running.pick(parents_SC)
     sequences_SCT = parents.sequences_SRT
     sequences_SCT[:, :, length] = tokens_SC
-    counted = (tokens_SC != pad_token_id) & (length > 1 or options.forced_bos_token_id is None)
+    counted = (tokens_SC != generator.pad_token_id) & (length > 1 or options.forced_bos_token_id is None)
     token_log_probs_SC = mixture_SRV.flatten(1).gather(1, index_SC).masked_fill(~counted, 0.0)
     return Hypotheses(sequences_SCT, scores_SC, parents.log_probs_SR + token_log_probs_SC), parents_SC
 
@@ -193,15 +193,3 @@ def _without_leftovers(finished: Hypotheses, pad_token_id: int) -> Hypotheses:
     sequences_SRT = finished.sequences_SRT.clone()
     sequences_SRT[:, :, 1:] = sequences_SRT[:, :, 1:].masked_fill(empty_SR[..., None], pad_token_id)
     return Hypotheses(sequences_SRT, finished.scores_SR, finished.log_probs_SR.masked_fill(empty_SR, -torch.inf))
-
-
-def trimmed(sequences_NT: Int[Tensor, "N T1"], pad_token_id: int) -> Int[Tensor, "N T2"]:
-    """Returns the sequences without the columns at the end that hold padding only; at least two columns stay.
-
-    >>> trimmed(torch.tensor([[2, 5, 1, 1], [2, 5, 6, 1]]), pad_token_id=1)
-    tensor([[2, 5, 1],
-            [2, 5, 6]])
-    """
-    used_T = (sequences_NT[:, 1:] != pad_token_id).any(dim=0).nonzero()
-    length = int(used_T[-1]) + 2 if used_T.numel() > 0 else 2
-    return sequences_NT[:, :length]

@@ -4,11 +4,32 @@ They act on the search alone: likelihoods are always those of the unconstrained 
 transformers' logits processors, and meaning the same.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.trie import TokenTrie
+from rag_lightning.types import TensorRecord
+
+
+@dataclass(frozen=True)
+class OutputRules(TensorRecord):
+    """What an output may be, in tokens: the options that name texts and files, made ready for one tokenizer.
+
+    Attributes:
+        allowed: The only outputs there are; None allows all.
+        stops: Says which partial outputs, start token first, hold a stop string; None where there is no such string.
+    """
+
+    allowed: TokenTrie | None = None
+    stops: Callable[[Tensor], Tensor] | None = None
+
+
+NO_RULES = OutputRules()
 
 
 def constrain(
@@ -16,6 +37,7 @@ def constrain(
     prefixes_NT: Int[Tensor, "N T"],
     options: DecodingOptions,
     eos_token_id: int,
+    rules: OutputRules = OutputRules(),
 ) -> Float[Tensor, "N V"]:
     """Returns the scores of the next token, ``-inf`` where it is forbidden and 0 where it is forced.
 
@@ -24,6 +46,7 @@ def constrain(
         prefixes_NT: The tokens so far, start token included.
         options: Which rules apply.
         eos_token_id: The end token, which ``min_new_tokens`` holds back.
+        rules: What may be written at all; not even a forced token leaves it.
     """
     num_new_tokens = prefixes_NT.shape[1] - 1
     if options.no_repeat_ngram_size > 0:
@@ -35,7 +58,26 @@ def constrain(
         scores_NV = forced(scores_NV, options.forced_bos_token_id)
     if num_new_tokens == options.max_new_tokens - 1 and options.forced_eos_token_id is not None:
         scores_NV = forced(scores_NV, options.forced_eos_token_id)
+    if rules.allowed is not None:
+        scores_NV = scores_NV.masked_fill(~rules.allowed.next_tokens(prefixes_NT, scores_NV.shape[1]), -torch.inf)
     return scores_NV
+
+
+def ended(
+    written_NT: Int[Tensor, "N T"], options: DecodingOptions, rules: OutputRules, eos_token_id: int
+) -> Bool[Tensor, "N"]:
+    """Returns which outputs are finished with their last token: end token, stop string or greatest length.
+
+    Args:
+        written_NT: The tokens so far, start token included.
+        options: The greatest length.
+        rules: The stop strings.
+        eos_token_id: The end token.
+    """
+    ended_N = written_NT[:, -1] == eos_token_id
+    if written_NT.shape[1] == 1 + options.max_new_tokens:
+        return torch.ones_like(ended_N)
+    return ended_N if rules.stops is None else ended_N | rules.stops(written_NT)
 
 
 def forced(scores_NV: Float[Tensor, "N V"], token_id: int) -> Float[Tensor, "N V"]:

@@ -23,11 +23,12 @@ contexts have no padding and candidates have two scored tokens or more. There (v
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rag_lightning.decoding.beam import Hypotheses, beam_search, trimmed
-from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs
+from rag_lightning.decoding.beam import Hypotheses, beam_search
+from rag_lightning.decoding.constraints import NO_RULES, OutputRules
+from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs, decoded_of, trimmed
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.losses.marginal import rag_sequence_log_likelihood
 
@@ -38,6 +39,7 @@ def decode_rag_sequence(
     encoded: EncodedContexts,
     doc_log_probs_BK: Float[Tensor, "B K"],
     options: DecodingOptions,
+    rules: OutputRules = NO_RULES,
     *,
     thorough: bool,
     max_scored_elements: int = 2**28,
@@ -49,6 +51,7 @@ def decode_rag_sequence(
         encoded: ``B * K`` contexts, passages of one question adjacent.
         doc_log_probs_BK: ``log p(z_k | x)``; ``-inf`` for a missing passage, which then proposes nothing.
         options: How to search for each passage; ``num_beams`` hypotheses of each are candidates.
+        rules: What may be written, and where it stops.
         thorough: Score every candidate under every passage; otherwise fast decoding, whose likelihood is a lower
             bound of the true one.
         max_scored_elements: Bounds the memory of thorough scoring: largest number of logits (or of gathered encoder
@@ -59,7 +62,7 @@ def decode_rag_sequence(
     """
     check_inputs(generator, encoded, doc_log_probs_BK, options)
     num_passages = doc_log_probs_BK.shape[1]
-    found = beam_search(generator, encoded, torch.zeros_like(doc_log_probs_BK).view(-1, 1), options)
+    found = beam_search(generator, encoded, torch.zeros_like(doc_log_probs_BK).view(-1, 1), options, rules)
     sequences_UT, questions_U, table_UK = candidate_table(found, doc_log_probs_BK)
     sequences_UT = trimmed(sequences_UT, generator.pad_token_id)
     prior_UK = doc_log_probs_BK[questions_U]
@@ -73,8 +76,12 @@ def decode_rag_sequence(
         ).to(table_UK.dtype)
     whole_U1 = torch.ones_like(questions_U, dtype=torch.bool)[:, None]
     marginal_U = rag_sequence_log_likelihood(table_UK[..., None], prior_UK, whole_U1)
-    best_B = _best_of_each(marginal_U, questions_U, doc_log_probs_BK.shape[0])
-    return Decoded(trimmed(sequences_UT[best_B], generator.pad_token_id), marginal_U[best_B])
+    best_BR, there_BR = best_of_each(marginal_U, questions_U, doc_log_probs_BK.shape[0], options.num_return)
+    sequences_BRT = sequences_UT[best_BR]
+    sequences_BRT[..., 1:] = sequences_BRT[..., 1:].masked_fill(~there_BR[..., None], generator.pad_token_id)
+    return decoded_of(
+        sequences_BRT, marginal_U[best_BR].masked_fill(~there_BR, -torch.inf), options, generator.pad_token_id
+    )
 
 
 def candidate_table(
@@ -124,7 +131,7 @@ def _score_pairs(
     for start in range(0, order_P.shape[0], chunk_size):
         pairs_C = order_P[start : start + chunk_size]
         rows_C = contexts_P[pairs_C]
-        contexts = EncodedContexts(encoded.hidden_NLH[rows_C], encoded.attention_mask_NL[rows_C])
+        contexts = encoded.rows(rows_C)
         labels_CT = trimmed(sequences_PT[pairs_C], generator.pad_token_id)
         scored = generator.score(contexts, labels_CT, 1)
         log_probs_P[pairs_C] = scored.token_log_probs_BKT[:, 0, first:].sum(dim=1).double()
@@ -135,11 +142,25 @@ def _by_length(sequences_PT: Int[Tensor, "P T1"], pad_token_id: int) -> Int[Tens
     return (sequences_PT != pad_token_id).sum(dim=1).argsort(stable=True)
 
 
-def _best_of_each(
-    marginal_U: Float[Tensor, "U"], questions_U: Int[Tensor, "U"], num_questions: int
-) -> Int[Tensor, "B"]:
-    """Returns the row of each question's best candidate, the first of equals; rows are ordered by question."""
-    order_U = marginal_U.argsort(descending=True, stable=True)
+def best_of_each(
+    scores_U: Float[Tensor, "U"], questions_U: Int[Tensor, "U"], num_questions: int, num_best: int
+) -> tuple[Int[Tensor, "B R"], Bool[Tensor, "B R"]]:
+    """Returns the rows of each question's best candidates, best first, the first of equals, and which there are.
+
+    Args:
+        scores_U: Larger is better.
+        questions_U: Whose each is, in order; every question has one.
+        num_questions: B.
+        num_best: R.
+
+    >>> best_of_each(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1]), num_questions=2, num_best=2)
+    (tensor([[1, 0],
+            [2, 2]]), tensor([[ True,  True],
+            [ True, False]]))
+    """
+    order_U = scores_U.argsort(descending=True, stable=True)
     order_U = order_U[questions_U[order_U].argsort(stable=True)]
-    first_B = torch.searchsorted(questions_U.contiguous(), torch.arange(num_questions, device=questions_U.device))
-    return order_U[first_B]
+    count_B1 = torch.bincount(questions_U, minlength=num_questions)[:, None]
+    ranks_R = torch.arange(num_best, device=questions_U.device)
+    first_B1 = count_B1.cumsum(dim=0) - count_B1
+    return order_U[first_B1 + ranks_R.minimum(count_B1 - 1)], ranks_R < count_B1

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rag_lightning.decoding.beam import beam_search, trimmed
-from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs
+from rag_lightning.decoding.beam import beam_search
+from rag_lightning.decoding.constraints import NO_RULES, OutputRules
+from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs, decoded_of
 from rag_lightning.generators.base import EncodedContexts, Generator
 
 
@@ -21,6 +22,7 @@ def decode_rag_token(
     encoded: EncodedContexts,
     doc_log_probs_BK: Float[Tensor, "B K"],
     options: DecodingOptions,
+    rules: OutputRules = NO_RULES,
 ) -> Decoded:
     """Returns the answer that the search ranks first, with ``Σ_t log Σ_k p(z_k|x) p(y_t|x,z_k,y_<t)``.
 
@@ -29,10 +31,11 @@ def decode_rag_token(
         encoded: ``B * K`` contexts, passages of one question adjacent.
         doc_log_probs_BK: ``log p(z_k | x)``; ``-inf`` for a missing passage.
         options: How to search.
+        rules: What may be written, and where it stops.
 
     Raises:
         ConfigError: Contexts, prior and options that do not fit together.
     """
     check_inputs(generator, encoded, doc_log_probs_BK, options)
-    found = beam_search(generator, encoded, doc_log_probs_BK, options)
-    return Decoded(trimmed(found.sequences_SRT[:, 0], generator.pad_token_id), found.log_probs_SR[:, 0])
+    found = beam_search(generator, encoded, doc_log_probs_BK, options, rules)
+    return decoded_of(found.sequences_SRT, found.log_probs_SR, options, generator.pad_token_id)

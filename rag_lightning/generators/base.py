@@ -6,7 +6,14 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rag_lightning.errors import ConfigError
 from rag_lightning.types import GeneratorOutput, TensorRecord, TokenBatch
+
+NO_FUSION = (
+    "fid: expected an encoder-decoder, whose decoder attends to passages that were encoded apart, came a decoder-only "
+    "generator. Use objective=prompt_stuffing (decoding.mode=stuffed), which writes all passages into one prompt, or a "
+    "marginal."
+)
 
 
 @dataclass(frozen=True)
@@ -16,10 +23,16 @@ class EncodedContexts(TensorRecord):
     Attributes:
         hidden_NLH: The encoder's states; a decoder-only generator has none, and these are its input embeddings.
         attention_mask_NL: 1 on real tokens.
+        can_fuse: Whether a decoder can attend to several of them at once.
     """
 
     hidden_NLH: Float[Tensor, "N L H"]
     attention_mask_NL: Int[Tensor, "N L"]
+    can_fuse: bool = True
+
+    def rows(self, rows_M: Int[Tensor, "M"]) -> "EncodedContexts":
+        """Returns the contexts of the given rows, which may repeat."""
+        return EncodedContexts(self.hidden_NLH[rows_M], self.attention_mask_NL[rows_M], self.can_fuse)
 
     def fused(self, found_BK: Bool[Tensor, "B K"]) -> "EncodedContexts":
         """Returns each question's K contexts behind one another, ``[B, K * L, H]``: fusion-in-decoder.
@@ -29,7 +42,12 @@ class EncodedContexts(TensorRecord):
 
         Args:
             found_BK: False where a place holds no passage.
+
+        Raises:
+            ConfigError: The contexts are of a decoder-only generator.
         """
+        if not self.can_fuse:
+            raise ConfigError(NO_FUSION)
         batch_size, num_passages = found_BK.shape
         read_BK1 = (found_BK | ~found_BK.any(dim=1, keepdim=True))[..., None]
         mask_BKL = self.attention_mask_NL.view(batch_size, num_passages, -1) * read_BK1

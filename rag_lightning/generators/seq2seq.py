@@ -177,9 +177,8 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
-        encoded = EncodedContexts(state.encoded.hidden_NLH[rows_M], state.encoded.attention_mask_NL[rows_M])
         state.cache.reorder_cache(rows_M)
-        return DecoderState(encoded, state.cache)
+        return DecoderState(state.encoded.rows(rows_M), state.cache)
 
     def _decode(
         self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None

@@ -13,9 +13,13 @@ nothing here has a vocabulary axis, save the label smoothing that reproduces tra
 All sums run in float32 at least: DPR scores near 75 have a spacing of 0.5 in bfloat16.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+TokenPosteriorKind = Literal["rag_token", "rag_sequence"]
 
 
 def doc_log_prior(doc_scores_BK: Float[Tensor, "B K"], temperature: float = 1.0) -> Float[Tensor, "B K"]:
@@ -108,6 +112,52 @@ def passage_log_posterior(
     token_log_probs, doc_log_probs = _checked(token_log_probs, doc_log_probs, target_mask)
     sequence_BK = passage_log_likelihood(token_log_probs, target_mask)
     return (sequence_BK + doc_log_probs).log_softmax(dim=1)
+
+
+def token_posteriors(
+    token_log_probs: Float[Tensor, "B K T"],
+    doc_log_probs: Float[Tensor, "B K"],
+    target_mask: Bool[Tensor, "B T"],
+    kind: TokenPosteriorKind,
+) -> Float[Tensor, "B K T"]:
+    """Returns ``p(z_k | x, y_<=t)``: at each token, which passage it comes from (Lewis et al. 2020, figure 2).
+
+    The two models ask different questions of the past:
+
+    - ``rag_token``: every token draws a passage of its own, so the passage of token t depends on that token alone (the
+      ones before it are only its condition): ``p(z|x) p(y_t|x,z,y_<t) / Σ_z …``. This is the paper's figure; a passage
+      may win a token and lose the next.
+    - ``rag_sequence``: one passage writes the whole answer, and each token is one more piece of evidence for it:
+      ``p(z|x) Π_{s<=t} p(y_s|x,z,y_<s) / Σ_z …``. The last column is :func:`passage_log_posterior`.
+
+    Args:
+        token_log_probs: ``log p(y_t | x, z_k, y_<t)`` of the target tokens.
+        doc_log_probs: ``log p(z_k | x)``; ``-inf`` for a missing passage, whose posterior is 0.
+        target_mask: True on scored positions. An unscored one is no evidence.
+        kind: ``rag_token`` or ``rag_sequence``.
+
+    Returns:
+        Probabilities, in float32 at least, that sum to 1 over the passages. Where no passage could have written the
+        token, the prior.
+
+    Raises:
+        ValueError: Another kind, shapes that would broadcast, or a row without a scored token.
+
+    >>> token = torch.log(torch.tensor([[[0.5, 0.1], [0.5, 0.9]]]))
+    >>> prior, mask = torch.log(torch.tensor([[0.8, 0.2]])), torch.ones(1, 2, dtype=torch.bool)
+    >>> token_posteriors(token, prior, mask, "rag_token")
+    tensor([[[0.8000, 0.3077],
+             [0.2000, 0.6923]]])
+    """
+    if kind not in ("rag_token", "rag_sequence"):
+        raise ValueError(f"expected kind rag_token or rag_sequence, got {kind!r}")
+    token_log_probs, doc_log_probs = _checked(token_log_probs, doc_log_probs, target_mask)
+    evidence_BKT = token_log_probs.masked_fill(~target_mask[:, None], 0.0)
+    if kind == "rag_sequence":
+        evidence_BKT = evidence_BKT.cumsum(dim=2)
+    joint_BKT = evidence_BKT + doc_log_probs[..., None]
+    impossible_B1T = joint_BKT.isneginf().all(dim=1, keepdim=True)
+    return torch.where(impossible_B1T, doc_log_probs[..., None], joint_BKT).softmax(dim=1)
 
 
 def smoothing_penalty(

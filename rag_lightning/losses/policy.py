@@ -32,7 +32,8 @@ def draw_without_replacement(
     Raises:
         ValueError: A question has fewer than K candidates.
 
-    >>> draw_without_replacement(torch.tensor([[0.0, -torch.inf, 0.0]]), 2, 1, torch.Generator().manual_seed(0)).sort().values
+    >>> drawn = draw_without_replacement(torch.tensor([[0.0, -torch.inf, 0.0]]), 2, 1, torch.Generator().manual_seed(0))
+    >>> drawn.sort().values
     tensor([[[0, 2]]])
     """
     num_found = int((scores_BC > -torch.inf).sum(dim=1).min()) if scores_BC.numel() > 0 else 0

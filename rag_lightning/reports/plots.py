@@ -1,11 +1,16 @@
-"""Curves of a swept setting; the only module that imports matplotlib (extra: plots)."""
+"""Curves of a swept setting, and heat maps of answers; the only module that imports matplotlib (extra: plots)."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from rag_lightning.errors import MissingExtraError
+from rag_lightning.errors import ConfigError, DataError, MissingExtraError
 from rag_lightning.reports.groups import Spread
+from rag_lightning.types import Prediction
+
+MAX_TITLE_CHARACTERS = 40
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path: Path) -> None:
@@ -19,11 +24,7 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: it keeps figures and wants a screen
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "drawing a curve") from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure(6, 4, "drawing a curve")
     axes = figure.subplots()
     for metric, points in curves.items():
         means = [100 * point.mean for point in points.values()]
@@ -34,3 +35,69 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
+    """Draws which passage each token of an answer comes from, as figure 2 of Lewis et al. 2020.
+
+    Tokens stand along the answer, passages below each other in the order of retrieval, with their priors; a cell is
+    ``p(z | x, y_<=t)`` on a scale from 0 to 1.
+
+    Args:
+        prediction: Made with ``token_posteriors``.
+        path: A ``.png``, ``.svg`` or ``.pdf`` file to write.
+
+    Raises:
+        ConfigError: A file of another kind.
+        DataError: The prediction has no token-wise posteriors, or no token.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_picture(path)
+    posteriors = prediction.token_posteriors
+    if posteriors is None or not posteriors.tokens:
+        raise DataError(
+            f"heat map of {prediction.question!r}: expected an answer with tokens and passages, came "
+            f"{prediction.answer!r} without. Answer with token_posteriors=True, and a model that retrieves."
+        )
+    num_tokens, num_passages = len(posteriors.tokens), len(posteriors.probabilities)
+    figure = _figure(5 + 0.5 * num_tokens, 1.7 + 0.35 * num_passages, "drawing a heat map")
+    axes = figure.subplots()
+    image = axes.imshow(posteriors.probabilities, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
+    titles = [
+        f"{shortened(passage.title or passage.id)}  ({passage.probability:.2f})" for passage in prediction.passages
+    ]
+    # names are no formulas: a dollar sign stands for itself
+    axes.set_xticks(range(num_tokens), [token.strip() or repr(token) for token in posteriors.tokens], parse_math=False)
+    axes.tick_params(axis="x", labelrotation=45 if num_tokens > 4 else 0)
+    axes.set_yticks(range(num_passages), titles, parse_math=False)
+    axes.set_ylabel("passage z  (p(z | x))")
+    axes.set_title(shortened(prediction.question, 20 + 8 * num_tokens), fontsize="medium", parse_math=False)
+    figure.colorbar(image, ax=axes, label="p(z | x, y≤t)")
+    figure.savefig(path, dpi=150)
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a file that no picture can be written to.
+
+    Raises:
+        ConfigError: Its name does not end as a picture's.
+    """
+    if path.suffix not in PICTURES:
+        raise ConfigError(f"picture: expected a file ending in {', '.join(PICTURES)}, got {str(path)!r}. Rename it.")
+
+
+def shortened(text: str, length: int = MAX_TITLE_CHARACTERS) -> str:
+    """Returns the text, its end cut off where it is longer than that.
+
+    >>> shortened("The Adventures of Robin Hood", 15)
+    'The Adventures…'
+    """
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _figure(width: float, height: float, purpose: str) -> Any:
+    try:
+        from matplotlib.figure import Figure  # not pyplot: it keeps figures and wants a screen
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", purpose) from error
+    return Figure(figsize=(width, height), layout="constrained")

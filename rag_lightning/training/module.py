@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rag_lightning.decoding.options import DecodingMode
 from rag_lightning.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rag_lightning.losses.marginal import rag_token_log_likelihood
 from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
 from rag_lightning.rag import RagModel
-from rag_lightning.rag_parts import DecodingMode
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.objectives import MarginalObjective, Objective, Outcome, Sources
 from rag_lightning.training.objectives.marginal import RETRIEVER

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rag_lightning.decoding.beam import beam_search, trimmed
-from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.beam import beam_search
+from rag_lightning.decoding.options import DecodingOptions, trimmed
 from tests.unit.decoding.table_generator import EOS, TableGenerator, answer, random_prior
 
 MAX_TOKENS = 4

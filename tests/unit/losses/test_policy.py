@@ -34,7 +34,9 @@ def naive_log_prob(scores, draw):
 def expected_reward_gradient(scores):
     scores = scores.clone().requires_grad_()
     picked = torch.tensor(DRAWS)[None]
-    expected = (ordered_log_prob(scores, picked)[0].exp() * torch.tensor([reward(d) for d in DRAWS], dtype=torch.float64)).sum()
+    expected = (
+        ordered_log_prob(scores, picked)[0].exp() * torch.tensor([reward(d) for d in DRAWS], dtype=torch.float64)
+    ).sum()
     return torch.autograd.grad(expected, scores)[0]
 
 
