@@ -62,6 +62,8 @@ def build_model(config: DictConfig) -> RagModel:
 def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
     """Builds the Lightning module and the data module, bound to each other."""
     objective: Objective = instantiate(config.objective)
+    if config.get("reinforce") is not None:
+        objective = instantiate(config.reinforce, objective=objective)
     model = build_model(config)
     module = RagLightningModule(
         model=model, objective=objective, optim=instantiate(config.optim), **plain(config.module)

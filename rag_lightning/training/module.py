@@ -18,6 +18,7 @@ from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer,
 from rag_lightning.rag import RagModel
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.objectives import MarginalObjective, Objective, Outcome, Sources
+from rag_lightning.training.objectives.base import Attaching
 from rag_lightning.training.objectives.marginal import RETRIEVER
 from rag_lightning.training.optim import (
     OptimSettings,
@@ -77,6 +78,8 @@ class RagLightningModule(L.LightningModule):
             check_teaches(objective, self.trained)
         if learns:
             freeze_all_but(model, self.trained)
+        if learns and isinstance(objective, Attaching):
+            objective.attach(model, self.trained)
         self.metrics = nn.ModuleDict(
             {
                 "answers": AnswerMetrics(),
@@ -131,7 +134,9 @@ class RagLightningModule(L.LightningModule):
 
     def _sources(self, *, reencode: bool) -> Sources:
         data = self.data
-        return Sources(data.assembler, data.retriever, data.encoder_tokens if reencode else None)
+        return Sources(
+            data.assembler, data.retriever, data.encoder_tokens if reencode else None, step=int(self.global_step)
+        )
 
     def _reduce(self, outcome: Outcome, batch: QuestionBatch) -> Float[Tensor, ""]:
         """Reduces once, so that the mean of the processes' gradients is the gradient of the whole batch's loss."""

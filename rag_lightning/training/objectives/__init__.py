@@ -9,6 +9,7 @@ from rag_lightning.training.objectives.closed_book import ClosedBook
 from rag_lightning.training.objectives.contrastive import Contrastive
 from rag_lightning.training.objectives.denoising import Denoising
 from rag_lightning.training.objectives.marginal import MarginalObjective
+from rag_lightning.training.objectives.policy_gradient import PolicyGradient
 from rag_lightning.training.objectives.retriever_losses import (
     AttentionDistillation,
     CrossEncoderDistillation,
@@ -29,5 +30,6 @@ __all__ = [
     "Objective",
     "Outcome",
     "PerplexityDistillation",
+    "PolicyGradient",
     "Sources",
 ]

@@ -27,11 +27,13 @@ class Sources:
         assembler: Joins passages and questions.
         retriever: Searches the live snapshot; None where nothing is retrieved.
         reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
+        step: Optimiser steps so far, for what is scheduled or drawn.
     """
 
     assembler: ContextAssembler
     retriever: Retriever | None = None
     reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class Objective(Protocol):
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the losses of a batch."""
+        ...
+
+
+@runtime_checkable
+class Attaching(Protocol):
+    """An objective that has to see the model as it starts, and which of its parts learn."""
+
+    def attach(self, model: RagModel, trained: tuple[str, ...]) -> None:
+        """Called once, before training and before a checkpoint is restored."""
         ...
 
 
