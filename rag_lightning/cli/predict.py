@@ -55,9 +55,10 @@ def show(prediction: Prediction, question: Question) -> None:
     answer = f"[bold]{escape(prediction.answer)}[/bold]"
     console.print(f"  answer: {answer}   log p(y|x) = {prediction.log_likelihood:.2f}{gold}", soft_wrap=True)
     for passage in prediction.passages:
+        shown = f"{passage.title}: {passage.text[:90]}{'…' if len(passage.text) > 90 else ''}"
         console.print(
             f"  p(z|x) {passage.probability:5.1%}   p(z|x,y) {passage.posterior:5.1%}   "
-            f"{passage.title}: {passage.text[:90]}{'…' if len(passage.text) > 90 else ''}",
+            f"{shown if passage.id else '(no passage)'}",
             markup=False,
             soft_wrap=True,
         )

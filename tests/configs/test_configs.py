@@ -46,7 +46,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 75
+NUM_FILES = 76
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {

@@ -13,6 +13,7 @@ from rag_lightning.training.objectives.retriever_losses import (
     AttentionDistillation,
     CrossEncoderDistillation,
     Emdr2,
+    InBatchContrastive,
     LeaveOneOut,
     PerplexityDistillation,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "CrossEncoderDistillation",
     "Denoising",
     "Emdr2",
+    "InBatchContrastive",
     "LeaveOneOut",
     "MarginalObjective",
     "Objective",

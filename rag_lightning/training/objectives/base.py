@@ -27,11 +27,13 @@ class Sources:
         assembler: Joins passages and questions.
         retriever: Searches the live snapshot; None where nothing is retrieved.
         reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
+        teaching: False in validation and test, where nobody reads the terms that only teach: they are left out.
     """
 
     assembler: ContextAssembler
     retriever: Retriever | None = None
     reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
+    teaching: bool = True
 
 
 @dataclass(frozen=True)
