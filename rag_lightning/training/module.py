@@ -234,7 +234,7 @@ class RagLightningModule(L.LightningModule):
             self._metric(name).update(relevant_BK.to(self.device), counted_B.to(self.device))
         assert self.diagnostics is not None
         posterior_BK = outcome.marginal.log_posterior_BK[real].exp() if outcome.marginal is not None else None
-        self.diagnostics.update(hits.ids_BK[real], posterior_BK, self._utility(outcome, batch, real))
+        self.diagnostics.update(outcome.hits.ids_BK[real], posterior_BK, self._utility(outcome, batch, real))
         if outcome.hits.has_null and outcome.marginal is not None and posterior_BK is not None:
             prior_B = outcome.marginal.log_prior_BK[real, -1].exp()
             self.diagnostics.update_null(prior_B, posterior_BK[:, -1])

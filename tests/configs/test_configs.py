@@ -46,7 +46,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 76
+NUM_FILES = 78
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {

@@ -5,7 +5,7 @@ mathematics is in :mod:`rag_lightning.losses.distillation`. ``p(z|x)`` has the m
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -224,8 +224,16 @@ class CrossEncoderDistillation(_Distillation):
         """
         if not reading.has_null:
             return super().__call__(reading)
-        found_BK = reading.log_prior_BK[:, :-1]
-        return super().__call__(replace(reading, log_prior_BK=found_BK.log_softmax(dim=1), has_null=False))
+        found_BK = reading.log_prior_BK[:, :-1].log_softmax(dim=1)
+        return super().__call__(
+            Reading(
+                reading.log_likelihood_BK[:, :-1],
+                reading.num_tokens_B,
+                found_BK,
+                questions=reading.questions,
+                evidence=reading.evidence,
+            )
+        )
 
     def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
         assert reading.evidence is not None
