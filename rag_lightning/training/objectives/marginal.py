@@ -122,16 +122,14 @@ class MarginalObjective:
         if not losses and self.marginal_weight == 1.0:
             return outcome
         assert outcome.marginal is not None
-        terms = {"nll": outcome.marginal.nll_B}
-        loss_B = self.marginal_weight * outcome.marginal.nll_B
-        if losses:
-            reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
-            if queries_BD is not None:
-                reading = replace(reading, pairs=batch_pairs(model, batch, sources, queries_BD, hits, scores_BK))
-            for name, term in losses.items():
-                terms[name] = term(reading)
-                loss_B = loss_B + term.weight * terms[name]
-        return replace(outcome, loss_B=loss_B, terms=terms)
+        nll_B = outcome.marginal.nll_B
+        outcome = replace(outcome, loss_B=self.marginal_weight * nll_B, terms={"nll": nll_B})
+        if not losses:
+            return outcome
+        reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
+        if queries_BD is not None:
+            reading = replace(reading, pairs=batch_pairs(model, batch, sources, queries_BD, hits, scores_BK))
+        return with_terms(outcome, losses, reading)
 
     def _reading(
         self,
@@ -168,6 +166,15 @@ class MarginalObjective:
 
     def _needs(self) -> set[Need]:
         return {need for loss in self.retriever_losses.values() for need in loss.needs}
+
+
+def with_terms(outcome: Outcome, losses: Mapping[str, RetrieverLoss], reading: Reading) -> Outcome:
+    """Returns an outcome with weighted losses added to its own."""
+    terms = {name: loss(reading) for name, loss in losses.items()}
+    loss_B = outcome.loss_B
+    for name, loss in losses.items():
+        loss_B = loss_B + loss.weight * terms[name]
+    return replace(outcome, loss_B=loss_B, terms={**outcome.terms, **terms})
 
 
 def attention_to_each(

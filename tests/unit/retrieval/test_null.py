@@ -23,7 +23,7 @@ from rag_lightning.training.objectives import (
     Sources,
 )
 from rag_lightning.training.optim import modules_of
-from rag_lightning.types import Hits, RagBatch
+from rag_lightning.types import Hits, RagBatch, TokenBatch
 
 TEXTS = ["who made Amber", "who made Iron"]
 
@@ -144,16 +144,10 @@ def test_it_starts_at_the_tower_s_vector_of_an_empty_passage(tiny_encoder):
     vector_D = NullPassage.of(encoder).vector_D
     tokens = encoder.tokenizer([""], return_tensors="pt")
     encoder.eval()
-    empty_1D = encoder.passage_tower()(type_of_tokens(tokens))
+    empty_1D = encoder.passage_tower()(TokenBatch(tokens["input_ids"], tokens["attention_mask"]))
     torch.testing.assert_close(vector_D.detach(), empty_1D[0].detach())
     encoder.tokenizer = None
     assert NullPassage.of(encoder).vector_D.tolist() == pytest.approx([0.25] * 16)
-
-
-def type_of_tokens(tokens):
-    from rag_lightning.types import TokenBatch
-
-    return TokenBatch(tokens["input_ids"], tokens["attention_mask"])
 
 
 @pytest.mark.parametrize("decoding", ["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid"])
@@ -256,11 +250,3 @@ def test_what_cannot_weigh_it_is_refused(tiny_model, tiny_generator, tiny_run, n
     with pytest.raises(ConfigError, match="model.null_passage: expected a retriever whose .* came bm25-1"):
         inspect.unwrap(check_similarities)(Words(), hits, "model.null_passage")
     assert replace(hits, has_null=True).retrieved.ids_BK.shape == (1, 1)
-
-
-@pytest.mark.parametrize("retriever", ["sparse", "hybrid_convex"])
-def test_the_command_line_refuses_other_retrievers(retriever, cli, tiny_train, tmp_path):
-    pytest.importorskip("bm25s")
-    named = [*tiny_train, "model.null_passage=true", f"retriever={retriever}", "optim.train_query_encoder=false"]
-    with pytest.raises(SystemExit):
-        cli("train", tmp_path, *named)
