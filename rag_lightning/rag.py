@@ -48,9 +48,10 @@ from rag_lightning.rag_parts import (
     parts_of_hf_rag,
     save_parts,
 )
-from rag_lightning.retrieval.base import Retriever
+from rag_lightning.retrieval.base import Retriever, even_where_empty, search
 from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
+from rag_lightning.retrieval.null import NullPassage, check_similarities
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import continuation_ids
 from rag_lightning.types import (
@@ -100,6 +101,8 @@ class RagModel(nn.Module):
         settings: K, marginal, temperature, metric.
         decoding_options: Defaults for :meth:`generate`.
         fusion: How a hybrid retriever joins its scores; kept here, so that a learned gate is trained and saved too.
+        null_passage: The choice of no passage, for ``settings.null_passage``; by default one that starts at the
+            encoder's vector of an empty passage.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class RagModel(nn.Module):
         settings: RagSettings | None = None,
         decoding_options: DecodingOptions | None = None,
         fusion: ScoreFusion | None = None,
+        null_passage: NullPassage | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -120,6 +124,11 @@ class RagModel(nn.Module):
         self.settings = settings if settings is not None else RagSettings()
         if "fid" in (self.settings.objective, self.settings.decoding) and not generator.can_fuse:
             raise ConfigError(NO_FUSION)
+        if self.settings.null_passage and null_passage is None:
+            if encoder is None:
+                raise ConfigError("model.null_passage: expected an encoder, whose vectors weigh it; came none")
+            null_passage = NullPassage.of(encoder)
+        self.null_passage = null_passage if self.settings.null_passage else None
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: Retriever | None = None
@@ -136,6 +145,8 @@ class RagModel(nn.Module):
         *,
         num_passages: int | None = None,
         reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None,
+        forbidden_ids: Int[Tensor, "B"] | None = None,
+        query_vectors_BD: Float[Tensor, "B D"] | None = None,
     ) -> tuple[Hits, Float[Tensor, "B K"]]:
         """Returns the hits, and their document scores with gradient to what the retriever names in ``gradient_to``.
 
@@ -151,14 +162,21 @@ class RagModel(nn.Module):
             num_passages: K; the model's by default.
             reencode: Gives the encoder tokens ``[B * K, L]`` of passage numbers. When given, the K passages are
                 encoded again with gradient to the passage encoder, though found through the index of an older one.
+            forbidden_ids: The passage that must not be found for each question, ``-1`` for none.
+            query_vectors_BD: The questions' vectors, where the caller has encoded them already.
+
+        Returns:
+            Hits and scores of K places; of K + 1 with a null passage, which stands last.
 
         Raises:
-            ConfigError: The retriever searches by vectors, and there is no encoder or ``query`` to make them from.
+            ConfigError: The retriever searches by vectors, and there is no encoder or ``query`` to make them from; or
+                its scores cannot weigh a null passage.
         """
         num_passages = num_passages if num_passages is not None else self.settings.num_passages
         device = next(self.parameters()).device
         if not retriever.needs_vectors:
-            hits = retriever.retrieve(questions, None, num_passages).to(device)
+            hits = search(retriever, questions, None, num_passages, forbidden_ids).to(device)
+            self._check_null(retriever, hits)
             return hits, retriever.scores(hits, None, None)
         if self.encoder is None or query is None:
             what = "this model has no encoder" if self.encoder is None else "the questions came without encoder tokens"
@@ -168,17 +186,27 @@ class RagModel(nn.Module):
             )
         if not retriever.gradient_to:
             with torch.no_grad():
-                hits = retriever.retrieve(questions, self.encoder.query(query), num_passages).to(device)
+                known_BD = query_vectors_BD if query_vectors_BD is not None else self.encoder.query(query)
+                hits = search(retriever, questions, known_BD.detach(), num_passages, forbidden_ids).to(device)
+            self._check_null(retriever, hits)
             return hits, retriever.scores(hits, None, None)
-        queries_BD = self.encoder.query(query)
-        hits = retriever.retrieve(questions, queries_BD.detach(), num_passages)
+        queries_BD = query_vectors_BD if query_vectors_BD is not None else self.encoder.query(query)
+        hits = search(retriever, questions, queries_BD.detach(), num_passages, forbidden_ids)
+        self._check_null(retriever, hits)
         if reencode is None:
             passages_BKD = retriever.vectors(hits.ids_BK).to(queries_BD.device)
         else:
             passages_ND = self.encoder.passage_tower()(reencode(hits.ids_BK))
             passages_BKD = passages_ND.view(*hits.ids_BK.shape, passages_ND.shape[-1])
         similarities_BK = similarity(queries_BD, passages_BKD, self.settings.metric, hits.found_BK)
-        return hits, retriever.scores(hits, similarities_BK, queries_BD)
+        scores_BK = retriever.scores(hits, similarities_BK, queries_BD)
+        if self.null_passage is not None:
+            hits, scores_BK = self.null_passage(hits, scores_BK, queries_BD, self.settings.metric)
+        return hits, scores_BK if forbidden_ids is None else even_where_empty(scores_BK)
+
+    def _check_null(self, retriever: Retriever, hits: Hits) -> None:
+        if self.null_passage is not None:
+            check_similarities(retriever, hits, "model.null_passage")
 
     def marginal(
         self,
@@ -551,6 +579,7 @@ class RagModel(nn.Module):
             decoding_options=self.decoding_options,
             retriever_source=self.retriever_source,
             fusion=self.fusion,
+            null_passage=self.null_passage,
         )
 
     @classmethod
@@ -563,6 +592,7 @@ class RagModel(nn.Module):
             settings=parts.settings,
             decoding_options=parts.decoding_options,
             fusion=parts.fusion,
+            null_passage=parts.null_passage,
         )
         model.retriever_source = parts.retriever_source
         return model

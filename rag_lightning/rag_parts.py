@@ -7,6 +7,7 @@ A saved model is a folder::
     encoder/tokenizer
     generator/                 the reader with its tokenizer, in the transformers layout
     fusion.safetensors         the learned gate of a hybrid retriever, where there is one
+    null_passage.safetensors   the vector of the null passage, where there is one
 """
 
 import os
@@ -34,6 +35,7 @@ from rag_lightning.retrieval.build import RetrieverSettings, build_retriever, op
 from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.retrieval.fusion import ScoreFusion, fusion_of
+from rag_lightning.retrieval.null import NullPassage
 from rag_lightning.retrieval.rerank import live_vectors
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer
@@ -43,8 +45,9 @@ MarginalKind = Literal["rag_token", "rag_sequence", "fid", "stuffed"]
 GENERATORS: dict[str, type[PretrainedGenerator]] = {"seq2seq": Seq2SeqGenerator, "causal": CausalGenerator}
 CONFIG_NAME = "rag_config.json"
 FUSION_NAME = "fusion.safetensors"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1 knew dense retrieval only
+NULL_PASSAGE_NAME = "null_passage.safetensors"
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, FORMAT_VERSION)  # 1 knew dense retrieval only, 2 no null passage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class RagSettings:
         metric: Similarity of questions and passages.
         max_target_tokens: Longest target in training, special tokens included.
         hf_compat: Put the document prior where transformers puts it (see the marginals).
+        null_passage: Choose among K + 1: the K passages found and none of them, the question alone; see
+            :mod:`rag_lightning.retrieval.null`.
     """
 
     num_passages: int = 5
@@ -70,10 +75,16 @@ class RagSettings:
     metric: Metric = "inner_product"
     max_target_tokens: int = 32
     hf_compat: bool = False
+    null_passage: bool = False
 
     def __post_init__(self) -> None:
         if self.num_passages < 0:
             raise ConfigError(f"expected num_passages >= 0 (0 is closed-book), got {self.num_passages}")
+        if self.null_passage and self.num_passages == 0:
+            raise ConfigError(
+                "model.null_passage: expected num_passages of at least 1, came 0: a closed-book model reads the "
+                "question alone anyway. Set model.null_passage=false."
+            )
         if not self.temperature > 0:
             raise ConfigError(f"expected temperature > 0, got {self.temperature}")
         if self.max_target_tokens < 3:
@@ -132,6 +143,7 @@ class RagParts:
     decoding_options: DecodingOptions
     retriever_source: RetrieverSource | None = None
     fusion: ScoreFusion | None = None
+    null_passage: NullPassage | None = None
 
 
 def save_parts(parts: RagParts, directory: Path) -> None:
@@ -153,6 +165,8 @@ def save_parts(parts: RagParts, directory: Path) -> None:
         parts.generator.save(part / "generator")
         if parts.fusion is not None and parts.fusion.state_dict():
             save_file(parts.fusion.state_dict(), part / FUSION_NAME)
+        if parts.null_passage is not None:
+            save_file(parts.null_passage.state_dict(), part / NULL_PASSAGE_NAME)
         write_json(part / CONFIG_NAME, config)
 
 
@@ -172,14 +186,16 @@ def load_parts(source: str | Path) -> RagParts:
             f"{place}: expected model format {FORMAT_VERSION} or older, came {config.get('format_version')!r}: "
             "load it with the version of rag_lightning that wrote it"
         )
+    settings = RagSettings(**config["settings"])
     return RagParts(
         encoder=BiEncoder.load(place / "encoder", config["encoder"]) if config["encoder"] is not None else None,
         generator=_load_generator(config.get("generator"), place),
         prompt=Prompt(**config["prompt"]),
-        settings=RagSettings(**config["settings"]),
+        settings=settings,
         decoding_options=DecodingOptions(**config["decoding_options"]),
         retriever_source=_load_source(config["retriever"], place),
         fusion=_load_fusion(config.get("fusion"), place),
+        null_passage=_load_null_passage(place) if settings.null_passage else None,
     )
 
 
@@ -206,6 +222,13 @@ def _load_fusion(record: dict[str, Any] | None, place: Path) -> ScoreFusion | No
         except RuntimeError as error:
             raise CheckpointError(f"{place / FUSION_NAME}: expected the weights of {record}: {error}") from error
     return fusion
+
+
+def _load_null_passage(place: Path) -> NullPassage:
+    weights = load_file(existing_file(place / NULL_PASSAGE_NAME, "the model's null passage"))
+    if set(weights) != {"vector_D"}:
+        raise CheckpointError(f"{place / NULL_PASSAGE_NAME}: expected vector_D alone, came {sorted(weights)}")
+    return NullPassage(weights["vector_D"])
 
 
 def open_retriever(source: RetrieverSource, *, encoder: BiEncoder | None, fusion: ScoreFusion | None) -> Retriever:

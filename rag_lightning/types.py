@@ -99,12 +99,21 @@ class Hits(TensorRecord):
             (an approximate index may find fewer than K).
         snapshot_id: The index snapshot that answered.
         fusion: For hits of a hybrid retriever whose scores have a gradient.
+        has_null: True where the last place is the null passage, chosen beside what was found; its id is ``-1`` too.
     """
 
     scores_BK: Float[Tensor, "B K"]
     ids_BK: Int[Tensor, "B K"]
     snapshot_id: str
     fusion: FusionInputs | None = None
+    has_null: bool = False
+
+    @property
+    def retrieved(self) -> Hits:
+        """What was searched for: the hits without the null passage."""
+        if not self.has_null:
+            return self
+        return replace(self, scores_BK=self.scores_BK[:, :-1], ids_BK=self.ids_BK[:, :-1], has_null=False)
 
     @property
     def found_BK(self) -> Bool[Tensor, "B K"]:
@@ -144,6 +153,8 @@ class QuestionBatch(TensorRecord):
         passages: Each question's own passage in the encoder's vocabulary ``[B, L]`` (contrastive).
         negatives: M hard negatives for each question in the encoder's vocabulary ``[B * M, L]`` (contrastive).
         negative_ids_BM: Their passage numbers.
+        forbidden_ids: The passage that must not be retrieved for each question, ``-1`` for none; None where no
+            question has one.
     """
 
     questions: tuple[Question, ...]
@@ -156,6 +167,7 @@ class QuestionBatch(TensorRecord):
     passages: TokenBatch | None = None
     negatives: TokenBatch | None = None
     negative_ids_BM: Int[Tensor, "B M"] | None = None
+    forbidden_ids: Int[Tensor, "B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,9 @@ class GeneratorOutput(TensorRecord):
 @dataclass(frozen=True, slots=True)
 class RetrievedPassage:
     """A passage as it stands in a prediction.
+
+    Where nothing was found, id, title and text are empty, and the probability is 0. The null passage stands last with
+    empty fields too, and with the probability that the question alone was chosen.
 
     Attributes:
         score: The similarity of question and passage.

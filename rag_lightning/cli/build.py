@@ -44,6 +44,11 @@ def build_model(config: DictConfig) -> RagModel:
         mode = DEFAULT_DECODING[settings["objective"]]
     prompt = Prompt(**settings.pop("prompt"))
     retriever: RetrieverSettings = instantiate(config.retriever)
+    if settings.get("null_passage", False) and (retriever.kind != "dense" or retriever.rerank == "cross_encoder"):
+        raise ConfigError(
+            f"model.null_passage: expected a retriever whose document scores are similarities, came kind="
+            f"{retriever.kind}, rerank={retriever.rerank}. Use retriever=dense, or set model.null_passage=false."
+        )
     needs_encoder = settings["num_passages"] > 0 and retriever.needs_vectors
     encoder = instantiate(config.encoder) if needs_encoder else None
     generator = instantiate(config.generator)

@@ -75,9 +75,10 @@ def show(prediction: Prediction, question: Question) -> None:
     for other in prediction.alternatives[1:]:
         console.print(f"      or: {escape(other.answer)}   log p(y|x) = {other.log_likelihood:.2f}", soft_wrap=True)
     for passage in prediction.passages:
+        shown = f"{passage.title}: {passage.text[:90]}{'…' if len(passage.text) > 90 else ''}"
         console.print(
             f"  p(z|x) {passage.probability:5.1%}   p(z|x,y) {passage.posterior:5.1%}   "
-            f"{passage.title}: {passage.text[:90]}{'…' if len(passage.text) > 90 else ''}",
+            f"{shown if passage.id else '(no passage)'}",
             markup=False,
             soft_wrap=True,
         )

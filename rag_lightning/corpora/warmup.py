@@ -18,13 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.text.sentences import sentences
 from rag_lightning.types import Passage
 
 _WORD = re.compile(r"[^\W_]+")
-# a sentence ends at . ! or ? before a space, but not after an initial ("J. Ford") or a common title
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bJr\.)(?<!\bSr\.)\s+"
-)
 _TRIES = 50  # draws from a pool before it is searched through
 
 
@@ -46,11 +43,11 @@ def inverse_cloze(passage: Passage, rng: random.Random, keep_probability: float 
     """
     if not 0.0 <= keep_probability <= 1.0:
         raise ConfigError(f"inverse cloze: expected keep_probability between 0 and 1, came {keep_probability}.")
-    sentences = [sentence for sentence in _SENTENCE_END.split(passage.text.strip()) if sentence]
-    chosen = rng.randrange(len(sentences))
+    parts = sentences(passage.text)
+    chosen = rng.randrange(len(parts))
     keep = rng.random() < keep_probability
-    rest = sentences if keep or len(sentences) == 1 else sentences[:chosen] + sentences[chosen + 1 :]
-    return sentences[chosen], " ".join(rest)
+    rest = parts if keep or len(parts) == 1 else parts[:chosen] + parts[chosen + 1 :]
+    return parts[chosen], " ".join(rest)
 
 
 def span_repeat(passage: Passage, rng: random.Random, *, min_words: int = 2, max_words: int = 5) -> tuple[str, str]:

@@ -94,9 +94,10 @@ def _check_same_shape(what: str, one: Tensor, other: Tensor) -> None:
 class DiagnosticMetrics(Metric):
     """The diagnostics over an epoch.
 
-    ``compute`` returns ``{"distinct_passage_ratio", "posterior_entropy", "retrieval_utility"}``; what no question
-    counted towards is left out. The ratio is that of all passages found since the last reset, over all batches and
-    processes: it falls as the epoch grows past the corpus, so compare it between epochs of one length.
+    ``compute`` returns ``{"distinct_passage_ratio", "posterior_entropy", "retrieval_utility", "null_probability",
+    "null_posterior"}``; what no question counted towards is left out. The ratio is that of all passages found since the
+    last reset, over all batches and processes: it falls as the epoch grows past the corpus, so compare it between
+    epochs of one length.
 
     Args:
         corpus_size: N, the number of passages that may be found.
@@ -120,6 +121,8 @@ class DiagnosticMetrics(Metric):
     num_entropies: Tensor
     sum_utility: Tensor
     num_utilities: Tensor
+    sum_null: Tensor
+    num_null: Tensor
 
     def __init__(self, *, corpus_size: int) -> None:
         super().__init__()
@@ -127,10 +130,11 @@ class DiagnosticMetrics(Metric):
             raise ConfigError(f"corpus_size: expected the number of passages, at least 1; came {corpus_size}.")
         # one byte for each passage; the maximum over processes is the union of what they saw
         self.add_state("seen_N", torch.zeros(corpus_size, dtype=torch.uint8), dist_reduce_fx="max")
-        for name in ("num_found", "num_entropies", "num_utilities"):
+        for name in ("num_found", "num_entropies", "num_utilities", "num_null"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
         for name in ("sum_entropy", "sum_utility"):
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("sum_null", torch.zeros(2), dist_reduce_fx="sum")  # of priors and of posteriors
 
     def update(
         self,
@@ -163,6 +167,12 @@ class DiagnosticMetrics(Metric):
             self.sum_utility += utility_B.detach().float().sum().to(self.sum_utility)
             self.num_utilities += utility_B.shape[0]
 
+    def update_null(self, prior_B: Float[Tensor, "B"], posterior_B: Float[Tensor, "B"]) -> None:
+        """Adds what a model with a null passage chose: ``p(∅ | x)`` and ``p(∅ | x, y)`` of each question."""
+        both_2B = torch.stack([prior_B.detach(), posterior_B.detach()])
+        self.sum_null += both_2B.sum(dim=1).to(self.sum_null)
+        self.num_null += prior_B.shape[0]
+
     def compute(self) -> dict[str, Tensor]:
         """Returns the diagnostics over all questions added."""
         figures: dict[str, Tensor] = {}
@@ -172,4 +182,6 @@ class DiagnosticMetrics(Metric):
             figures["posterior_entropy"] = self.sum_entropy / self.num_entropies
         if self.num_utilities > 0:
             figures["retrieval_utility"] = self.sum_utility / self.num_utilities
+        if self.num_null > 0:
+            figures["null_probability"], figures["null_posterior"] = self.sum_null / self.num_null
         return figures

@@ -1,6 +1,7 @@
 """What every retriever promises: hits first, as numbers; their texts afterwards; and scores that a loss can use."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
-from rag_lightning.errors import StaleIndexError
+from rag_lightning.errors import ConfigError, StaleIndexError
 from rag_lightning.index.base import MISSING_ID
 from rag_lightning.types import Evidence, Hits, Passage
 
@@ -114,6 +115,54 @@ class Retriever(Protocol):
     def evidence(self, hits: Hits) -> Evidence:
         """Looks the passages up."""
         ...
+
+
+def search(
+    retriever: Retriever,
+    questions: Sequence[str],
+    query_vectors_BD: Float[Tensor, "B D"] | None,
+    num_passages: int,
+    forbidden_ids: Int[Tensor, "B"] | None = None,
+) -> Hits:
+    """Returns K passages for each question, and never the one that is forbidden for it.
+
+    One more is searched for, as far as the corpus goes, so that K are left; where there are fewer, places stay empty.
+
+    Args:
+        retriever: Where to search.
+        questions: The B texts.
+        query_vectors_BD: Their vectors, for a retriever that needs them.
+        num_passages: K.
+        forbidden_ids: A passage number for each question, ``-1`` for none.
+
+    Raises:
+        ConfigError: Every passage of the corpus may be forbidden, or as :meth:`Retriever.retrieve`.
+    """
+    if forbidden_ids is None:
+        return retriever.retrieve(questions, query_vectors_BD, num_passages)
+    if len(retriever.corpus) < 2:
+        raise ConfigError("retrieval: expected at least 2 passages, as one may be forbidden, came 1. Add passages.")
+    wanted = min(num_passages + 1, max(num_passages, len(retriever.corpus)))
+    hits = retriever.retrieve(questions, query_vectors_BD, wanted)
+    return without(hits, forbidden_ids.to(hits.ids_BK.device), num_passages)
+
+
+def without(hits: Hits, forbidden_ids: Int[Tensor, "B"], num_passages: int) -> Hits:
+    """Returns the best K hits that are not forbidden, in their order; the last places empty where fewer are left.
+
+    >>> hits = Hits(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([[7, 8, 9], [4, 5, 6]]), "a")
+    >>> without(hits, torch.tensor([8, -1]), 2).ids_BK
+    tensor([[7, 9],
+            [4, 5]])
+    """
+    dropped_BL = (hits.ids_BK == forbidden_ids[:, None]) & hits.found_BK
+    scores_BL = hits.scores_BK.masked_fill(dropped_BL, -torch.inf)
+    ids_BL = hits.ids_BK.masked_fill(dropped_BL, MISSING_ID)
+    order_BK = (ids_BL == MISSING_ID).to(torch.int8).argsort(dim=1, stable=True)[:, :num_passages]
+    fusion = hits.fusion
+    if fusion is not None:
+        fusion = replace(fusion, sparse_BK=fusion.sparse_BK.gather(1, order_BK))
+    return Hits(scores_BL.gather(1, order_BK), ids_BL.gather(1, order_BK), hits.snapshot_id, fusion)
 
 
 def look_up(hits: Hits, corpus: PassageCorpus) -> Evidence:

@@ -31,6 +31,7 @@ from rag_lightning.training.examples import (
 )
 from rag_lightning.training.live_index import IndexSettings, LiveIndex
 from rag_lightning.training.loader import QuestionLoader
+from rag_lightning.training.pretraining_examples import MaskedExamples, pretraining_examples
 from rag_lightning.types import Question, TokenBatch
 from rag_lightning.utils import distributed
 
@@ -56,6 +57,9 @@ class RagDataModule(L.LightningDataModule):
         index: How the index is built, kept and searched; exact search by default.
         retriever: How passages are found: by vectors (the default), by words, by both; reranked or not.
         denoising: Settings of :class:`~rag_lightning.training.examples.DenoisingExamples`, for that objective.
+        salient_spans: Settings of :class:`~rag_lightning.training.pretraining_examples.SalientSpanExamples`, for
+            objectives with these examples.
+        random_spans: Likewise of :class:`~rag_lightning.training.pretraining_examples.RandomSpanExamples`.
         progress: Show progress bars.
     """
 
@@ -76,6 +80,8 @@ class RagDataModule(L.LightningDataModule):
         index: IndexSettings | None = None,
         retriever: RetrieverSettings | None = None,
         denoising: Mapping[str, Any] | None = None,
+        salient_spans: Mapping[str, Any] | None = None,
+        random_spans: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -91,6 +97,7 @@ class RagDataModule(L.LightningDataModule):
         self.index_settings = index if index is not None else IndexSettings()
         self.retriever_settings = retriever if retriever is not None else RetrieverSettings()
         self.denoising = dict(denoising) if denoising is not None else {}
+        self.pretraining = {"salient_spans": dict(salient_spans or {}), "random_spans": dict(random_spans or {})}
         self.progress = progress
         self.questions: dict[str, list[Question]] = {}
         self.index: LiveIndex | None = None
@@ -144,7 +151,7 @@ class RagDataModule(L.LightningDataModule):
                 f"num_passages: expected at most the {len(self.corpus)} passages of {self.corpus.source}, "
                 f"got {model.settings.num_passages}: lower model.num_passages or add passages"
             )
-        if self._train_kind != "inverse_cloze" and stage == "fit":
+        if self._train_kind not in ("inverse_cloze", "salient_spans", "random_spans") and stage == "fit":
             self._check_trainable()
         if self._assembler is not None:
             return
@@ -293,6 +300,14 @@ class RagDataModule(L.LightningDataModule):
     def _examples(self, split: str, kind: ExampleKind, limit: int | None = None) -> Examples:
         if kind == "inverse_cloze":
             return InverseClozeExamples(self.corpus, rows=self._rows_to_practise_on())
+        if kind in ("salient_spans", "random_spans"):
+            return pretraining_examples(
+                kind,
+                self.corpus,
+                rows=self._rows_to_practise_on(),
+                tokenizer_mask=getattr(self.assembler.tokenizer, "mask_token", None),
+                settings=self.pretraining[kind],
+            )
         questions: Sequence[Question] = self.questions[split][:limit]
         if kind == "denoising":
             mask = getattr(self.assembler.tokenizer, "mask_token", None)
@@ -333,7 +348,8 @@ class RagDataModule(L.LightningDataModule):
         return [row for row, passage in enumerate(self.corpus) if passage.id not in held_out]
 
     def _loader(self, examples: Examples, batch_size: int, *, shuffle: bool) -> QuestionLoader:
-        collate = Collator(self.model, assembler=self.assembler, passage_tokens=self._passage_tokens)
+        mask = examples.mask if isinstance(examples, MaskedExamples) else None
+        collate = Collator(self.model, assembler=self.assembler, passage_tokens=self._passage_tokens, mask=mask)
         return QuestionLoader(
             examples,
             collate,

@@ -19,10 +19,12 @@ from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.text.normalise import contains_answer
-from rag_lightning.types import Passage, Question, QuestionBatch
+from rag_lightning.types import Passage, Question, QuestionBatch, TokenBatch
 from rag_lightning.utils.seeding import rng_at
 
-ExampleKind = Literal["questions", "gold_passages", "inverse_cloze", "denoising"]
+ExampleKind = Literal["questions", "gold_passages", "inverse_cloze", "denoising", "salient_spans", "random_spans"]
+# of these, questions are asked of the corpus: passages are retrieved for them, and a loss on those teaches
+RETRIEVED_FOR: tuple[ExampleKind, ...] = ("questions", "salient_spans", "random_spans")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Example:
         positive_row: Number of a gold passage, ``-1`` where none is known.
         passage: The passage to read or to contrast, possibly altered; None where retrieval will find passages.
         negative_rows: Numbers of the hard negatives to contrast it with.
+        forbidden_row: Number of the passage that must not be retrieved, the question being made of it; ``-1`` for none.
     """
 
     question: Question
@@ -42,6 +45,7 @@ class Example:
     positive_row: int = -1
     passage: Passage | None = None
     negative_rows: tuple[int, ...] = ()
+    forbidden_row: int = -1
 
 
 @runtime_checkable
@@ -274,6 +278,8 @@ class Collator:
         assembler: Joins an example's own passage to its question; None without reading passages.
         passage_tokens: Writes an example's own passage, and hard negatives, for the passage tower; None without
             contrasting.
+        mask: The sign of a hole in these examples' questions, where they have holes: a query encoder whose tokenizer
+            has another mask token reads that.
     """
 
     def __init__(
@@ -282,10 +288,12 @@ class Collator:
         *,
         assembler: ContextAssembler | None = None,
         passage_tokens: PassageTokens | None = None,
+        mask: str | None = None,
     ) -> None:
         self.model = model
         self.assembler = assembler
         self.passage_tokens = passage_tokens
+        self.mask = mask
 
     def __call__(self, examples: Sequence[Example], weights: Sequence[float]) -> QuestionBatch:
         """Returns the batch; ``weights`` is 0 on fillers."""
@@ -301,9 +309,10 @@ class Collator:
         negatives = None
         if negative_rows_BM.size > 0 and self.passage_tokens is not None:
             negatives = self.passage_tokens.batch(negative_rows_BM.reshape(-1))
+        forbidden = torch.tensor([example.forbidden_row for example in examples])
         return QuestionBatch(
             questions=tuple(example.question for example in examples),
-            query=self.model.query_tokens(texts) if self.model.encoder is not None else None,
+            query=self._query(texts),
             prompt=prompt,
             labels=self.model.target_tokens([example.answer for example in examples]),
             positive_ids=torch.tensor([example.positive_row for example in examples]),
@@ -312,4 +321,13 @@ class Collator:
             passages=own,
             negatives=negatives,
             negative_ids_BM=torch.from_numpy(negative_rows_BM) if negatives is not None else None,
+            forbidden_ids=forbidden if bool((forbidden >= 0).any()) else None,
         )
+
+    def _query(self, texts: Sequence[str]) -> TokenBatch | None:
+        if self.model.encoder is None:
+            return None
+        own = getattr(self.model.encoder.tokenizer, "mask_token", None)
+        if self.mask is not None and own is not None and own != self.mask:
+            texts = [text.replace(self.mask, own) for text in texts]
+        return self.model.query_tokens(texts)

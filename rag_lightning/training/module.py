@@ -17,7 +17,8 @@ from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entro
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
 from rag_lightning.rag import RagModel
 from rag_lightning.training.datamodule import RagDataModule
-from rag_lightning.training.objectives import MarginalObjective, Objective, Outcome, Sources
+from rag_lightning.training.examples import RETRIEVED_FOR
+from rag_lightning.training.objectives import Contrastive, MarginalObjective, Objective, Outcome, Sources
 from rag_lightning.training.objectives.base import Attaching
 from rag_lightning.training.objectives.marginal import RETRIEVER
 from rag_lightning.training.optim import (
@@ -75,7 +76,7 @@ class RagLightningModule(L.LightningModule):
         wanted = [part for part in objective.trains if part != "fusion" or part in modules_of(model)]
         self.trained = optim.trained_parts(wanted) if learns else ()
         if learns:
-            check_teaches(objective, self.trained)
+            check_teaches(model, objective, self.trained)
         if learns:
             freeze_all_but(model, self.trained)
         if learns and isinstance(objective, Attaching):
@@ -128,15 +129,14 @@ class RagLightningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Refuses to train a part that the loss does not reach through the retriever."""
-        learns_from_hits = self.objective.reads == "retrieved" and self.objective.examples == "questions"
+        learns_from_hits = self.objective.reads == "retrieved" and self.objective.examples in RETRIEVED_FOR
         if learns_from_hits and self.data.retriever is not None:
             check_learns(self.model, self.data.retriever, self.trained)
 
-    def _sources(self, *, reencode: bool) -> Sources:
+    def _sources(self, *, reencode: bool, teaching: bool = True) -> Sources:
         data = self.data
-        return Sources(
-            data.assembler, data.retriever, data.encoder_tokens if reencode else None, step=int(self.global_step)
-        )
+        tokens = data.encoder_tokens if reencode else None
+        return Sources(data.assembler, data.retriever, tokens, teaching, step=int(self.global_step))
 
     def _reduce(self, outcome: Outcome, batch: QuestionBatch) -> Float[Tensor, ""]:
         """Reduces once, so that the mean of the processes' gradients is the gradient of the whole batch's loss."""
@@ -159,6 +159,8 @@ class RagLightningModule(L.LightningModule):
             marginal = outcome.marginal  # a NaN is the loss's to report
             each["train/posterior_entropy"] = posterior_entropy(marginal.log_posterior_BK.exp().nan_to_num())
             each["train/prior_entropy"] = posterior_entropy(marginal.log_prior_BK.exp().nan_to_num())
+            if outcome.hits.has_null:
+                each["train/null_probability"] = marginal.log_prior_BK[:, -1].exp()
         weights_B = batch.weights_B.float()
         sums = torch.stack([(values_B.float() * weights_B).sum() for values_B in each.values()] + [weights_B.sum()])
         *totals, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
@@ -213,7 +215,7 @@ class RagLightningModule(L.LightningModule):
             self.diagnostics.update(none_B1)
 
     def _evaluate(self, batch: QuestionBatch, *, generate: bool) -> None:
-        outcome = self.objective(self.model, batch, self._sources(reencode=False))
+        outcome = self.objective(self.model, batch, self._sources(reencode=False, teaching=False))
         real = [row for row, weight in enumerate(batch.weights_B.tolist()) if weight > 0]
         scored = [row for row in real if batch.questions[row].answers]
         if scored and outcome.marginal is not None:
@@ -226,16 +228,20 @@ class RagLightningModule(L.LightningModule):
     def _update_retrieval(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> None:
         if outcome.hits is None or self.data.retriever is None or not real:
             return
-        evidence = self.data.retriever.evidence(outcome.hits).passages
+        hits = outcome.hits.retrieved  # a null passage is no passage that was found
+        evidence = self.data.retriever.evidence(hits).passages
         passages = [evidence[row] for row in real]
         questions = [batch.questions[row] for row in real]
-        width = outcome.hits.ids_BK.shape[1]
+        width = hits.ids_BK.shape[1]
         for name, relevance in (("gold", relevant_by_gold), ("answer_in_passage", relevant_by_answer)):
             relevant_BK, counted_B = relevance(passages, questions, num_passages=width)
             self._metric(name).update(relevant_BK.to(self.device), counted_B.to(self.device))
         assert self.diagnostics is not None
         posterior_BK = outcome.marginal.log_posterior_BK[real].exp() if outcome.marginal is not None else None
         self.diagnostics.update(outcome.hits.ids_BK[real], posterior_BK, self._utility(outcome, batch, real))
+        if outcome.hits.has_null and outcome.marginal is not None and posterior_BK is not None:
+            prior_B = outcome.marginal.log_prior_BK[real, -1].exp()
+            self.diagnostics.update_null(prior_B, posterior_BK[:, -1])
 
     def _utility(self, outcome: Outcome, batch: QuestionBatch, real: list[int]) -> Float[Tensor, "B"] | None:
         """Returns how much the passages add to the target's log-likelihood (REALM's retrieval utility)."""
@@ -306,12 +312,17 @@ class RagLightningModule(L.LightningModule):
         check_shapes(self.state_dict(), checkpoint["state_dict"])
 
 
-def check_teaches(objective: Objective, trained: Sequence[str]) -> None:
-    """Refuses losses for the retriever where no part of it learns.
+def check_teaches(model: RagModel, objective: Objective, trained: Sequence[str]) -> None:
+    """Refuses losses for the retriever, and a null passage, that no part would learn from.
 
     Raises:
-        ConfigError: Names the losses.
+        ConfigError: Names the losses; or what else would not learn.
     """
+    if model.null_passage is not None and isinstance(objective, Contrastive):
+        raise ConfigError(
+            "model.null_passage: the contrastive objective compares given passages and never weighs it: it would "
+            "not learn. Set model.null_passage=false here; a marginal objective can start from the encoder trained so."
+        )
     if isinstance(objective, MarginalObjective) and objective.retriever_losses and not {*RETRIEVER} & {*trained}:
         raise ConfigError(
             f"retriever_loss: {', '.join(objective.retriever_losses)} would teach nothing, as no part of the retriever "

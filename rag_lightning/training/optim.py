@@ -75,10 +75,11 @@ class OptimSettings:
 
 
 def modules_of(model: RagModel) -> dict[str, nn.Module]:
-    """Returns the model's parts by name; a shared tower counts as the query encoder."""
+    """Returns the model's parts by name; a shared tower counts as the query encoder, and so does a null passage."""
     parts: dict[str, nn.Module] = {"generator": model.generator}
     if model.encoder is not None:
-        parts["query_encoder"] = model.encoder.query
+        query = model.encoder.query
+        parts["query_encoder"] = query if model.null_passage is None else nn.ModuleList([query, model.null_passage])
         if model.encoder.passage is not None and not model.encoder.shared:
             parts["passage_encoder"] = model.encoder.passage
     if model.fusion is not None and any(True for _ in model.fusion.parameters()):

@@ -36,7 +36,7 @@ from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder
-from rag_lightning.errors import MissingFileError
+from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.index.build import build_index
 from rag_lightning.rag_parts import RagSettings
 from rag_lightning.training.datamodule import RagDataModule
@@ -47,7 +47,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 84
+NUM_FILES = 87
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -419,6 +419,34 @@ def test_films_joint_reindex_is_joint_plus_the_passage_encoder(compose: Compose,
     assert differences == {"run_name", "optim", "reindex", "callbacks"}
     assert reindex.optim.train_passage_encoder
     assert "passage_encoder" in build_run(reindex)[0].trained
+
+
+@pytest.mark.parametrize("objective", ["rag_token", "rag_sequence", "fid"])
+@pytest.mark.parametrize("examples", ["salient_spans", "random_spans"])
+def test_any_marginal_pre_trains_and_contrasts(
+    objective: str, examples: str, compose: Compose, tiny_overrides: Any
+) -> None:
+    chosen = (f"objective={objective}", f"objective.examples={examples}", "retriever_loss=[contrastive,pdist]")
+    module, data, _ = built(compose("train", *tiny_overrides(), *chosen, f"data.{examples}.mask=HOLE"))
+    assert module.objective.examples == examples
+    assert module.objective.eval_examples == "questions"
+    assert list(module.objective.retriever_losses) == ["contrastive", "pdist"]
+    assert data.pretraining[examples]["mask"] == "HOLE"
+    assert {**data.pretraining["salient_spans"], "mask": None} == {
+        "kinds": ["date", "entity"],
+        "with_title": False,
+        "forbid_source": True,
+        "mask": None,
+    }
+
+
+@pytest.mark.parametrize("retriever", ["sparse", "hybrid_convex"])
+def test_a_null_passage_wants_similarities(retriever: str, compose: Compose, tiny_overrides: Any) -> None:
+    chosen = ("model.null_passage=true", "optim.train_query_encoder=false")
+    module, _, _ = built(compose("train", *tiny_overrides(), "model.null_passage=true"))
+    assert module.model.null_passage is not None
+    with pytest.raises(ConfigError, match=f"model.null_passage: .* came kind={retriever.split('_')[0]}"):
+        build_run(compose("train", *tiny_overrides("retriever", retriever), *chosen))
 
 
 @pytest.mark.parametrize("secret", ["${oc.env:A_SECRET}", "x${oc.env:A_SECRET,none}y", "${other}/z"])

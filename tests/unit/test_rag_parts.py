@@ -119,7 +119,7 @@ def test_a_saved_model_holds_no_pickle_and_no_second_copy_of_a_shared_tower(mode
     assert ("encoder/query/model.safetensors" in places) == has_encoder
     separate = has_encoder and not model.encoder.shared
     assert ("encoder/passage/model.safetensors" in places) == separate
-    assert json.loads((tmp_path / "model" / "rag_config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "model" / "rag_config.json").read_text())["format_version"] == 3
 
 
 def test_saving_again_replaces_the_folder_whole(tiny_model, tmp_path):
@@ -358,12 +358,12 @@ def saved(tiny_model, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("version", [None, 3, "1"])
+@pytest.mark.parametrize("version", [None, 4, "1"])
 def test_another_format_is_refused(saved, version):
     config = json.loads((saved / "rag_config.json").read_text())
     config["format_version"] = version
     (saved / "rag_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"expected model format 2 or older, came {version!r}: load it with"):
+    with pytest.raises(CheckpointError, match=f"expected model format 3 or older, came {version!r}: load it with"):
         RagModel.from_pretrained(saved)
 
 

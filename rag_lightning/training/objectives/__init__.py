@@ -14,6 +14,7 @@ from rag_lightning.training.objectives.retriever_losses import (
     AttentionDistillation,
     CrossEncoderDistillation,
     Emdr2,
+    InBatchContrastive,
     LeaveOneOut,
     PerplexityDistillation,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "CrossEncoderDistillation",
     "Denoising",
     "Emdr2",
+    "InBatchContrastive",
     "LeaveOneOut",
     "MarginalObjective",
     "Objective",

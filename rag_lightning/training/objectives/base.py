@@ -27,12 +27,14 @@ class Sources:
         assembler: Joins passages and questions.
         retriever: Searches the live snapshot; None where nothing is retrieved.
         reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
+        teaching: False in validation and test, where nobody reads the terms that only teach: they are left out.
         step: Optimiser steps so far, for what is scheduled or drawn.
     """
 
     assembler: ContextAssembler
     retriever: Retriever | None = None
     reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
+    teaching: bool = True
     step: int = 0
 
 

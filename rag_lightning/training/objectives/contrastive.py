@@ -9,11 +9,11 @@ from torch import Tensor
 from rag_lightning.encoders.bi_encoder import Tower
 from rag_lightning.encoders.cached import encode_in_chunks
 from rag_lightning.errors import ConfigError, DataError
-from rag_lightning.index.base import Metric, unit_length
 from rag_lightning.losses.retriever import false_negatives, in_batch_contrastive
 from rag_lightning.rag import RagModel
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.training.objectives.base import Outcome, Reads, Sources
+from rag_lightning.training.objectives.pairs import all_pairs, gold_rows
 from rag_lightning.types import QuestionBatch, TokenBatch
 from rag_lightning.utils import distributed
 
@@ -90,10 +90,10 @@ class Contrastive:
             passages_ND = distributed.all_gather_rows_with_grad(passages_ND)
             columns = distributed.all_gather_rows(columns)
             first = int((columns[:, 2] < distributed.rank()).sum())
-        scores_BN = _all_pairs(queries_BD, passages_ND, model.settings.metric) / model.settings.temperature
+        scores_BN = all_pairs(queries_BD, passages_ND, model.settings.metric) / model.settings.temperature
         if scores_BN.shape[1] < 2:  # the odd last one of an epoch has nothing to be contrasted with
             return Outcome(0.0 * scores_BN.sum(dim=1), ones_B)
-        ignored_BN = false_negatives(_gold_rows(batch, sources), columns[:, 0], columns[:, 1] > 0)
+        ignored_BN = false_negatives(gold_rows(batch, sources), columns[:, 0], columns[:, 1] > 0)
         own_B = first + torch.arange(len(queries_BD), device=queries_BD.device)
         return Outcome(in_batch_contrastive(scores_BN, own_B, ignored_BN), ones_B)
 
@@ -118,31 +118,3 @@ class Contrastive:
             counted.append(counted_B.repeat_interleave(found))
         ids_N = torch.cat(ids)
         return torch.stack([ids_N, torch.cat(counted), torch.full_like(ids_N, distributed.rank())], dim=1)
-
-
-def _gold_rows(batch: QuestionBatch, sources: Sources) -> Int[Tensor, "B G"]:
-    """Returns all gold passages known of each question, the one drawn first, filled up with -1."""
-    corpus = sources.assembler.corpus
-    rows = [[drawn] for drawn in batch.positive_ids.tolist()]
-    for row, question in zip(rows, batch.questions, strict=True):
-        row += [corpus.row_of(passage_id) for passage_id in question.positive_passage_ids] if corpus is not None else []
-    width = max(len(row) for row in rows)
-    filled = [row + [-1] * (width - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.long, device=batch.positive_ids.device)
-
-
-def _all_pairs(
-    queries_BD: Float[Tensor, "B D"], passages_ND: Float[Tensor, "N D"], metric: Metric
-) -> Float[Tensor, "B N"]:
-    """Returns :func:`~rag_lightning.index.base.similarity` of all pairs by one product, without ``[B, N, D]``.
-
-    ``l2`` leaves out the question's own squared length, which a softmax over passages does not see.
-    """
-    with torch.autocast(queries_BD.device.type, enabled=False):
-        dtype = torch.promote_types(queries_BD.dtype, torch.float32)
-        queries_BD, passages_ND = queries_BD.to(dtype), passages_ND.to(dtype)
-        if metric == "cosine":
-            queries_BD = unit_length(queries_BD, "query vectors")
-            passages_ND = unit_length(passages_ND, "passage vectors")
-        products_BN = queries_BD @ passages_ND.T
-        return 2.0 * products_BN - passages_ND.square().sum(dim=1) if metric == "l2" else products_BN

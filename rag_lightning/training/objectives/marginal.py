@@ -14,8 +14,9 @@ from rag_lightning.losses.marginal import doc_log_prior, passage_log_likelihood
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
 from rag_lightning.retrieval.base import Retriever
-from rag_lightning.training.examples import ExampleKind
+from rag_lightning.training.examples import RETRIEVED_FOR, ExampleKind
 from rag_lightning.training.objectives.base import Outcome, Reads, Sources, check_smoothing, read
+from rag_lightning.training.objectives.pairs import batch_pairs, query_vectors
 from rag_lightning.training.objectives.retriever_losses import Need, Reading, RetrieverLoss
 from rag_lightning.types import QuestionBatch
 
@@ -40,13 +41,15 @@ class MarginalObjective:
         marginal_weight: What the marginal's part of the loss is multiplied by; 0 leaves the generator as it is.
         teaches_retriever: Whether the gradient of ``-log p(y|x)`` reaches the retriever.
         retriever_losses: Further terms by name, which are logged as ``train/<name>``.
+        examples: What is trained on: ``questions``, or, to pre-train on the passages alone, ``salient_spans`` (REALM,
+            Guu et al. 2020) or ``random_spans``; see :mod:`rag_lightning.training.pretraining_examples`. Validation
+            and test are on questions all the same.
 
     Raises:
-        ConfigError: A weight below 0, or terms that would teach nothing.
+        ConfigError: A weight below 0, terms that would teach nothing, or examples that bring their own passage.
     """
 
     reads: Reads = "retrieved"
-    examples: ExampleKind = "questions"
     eval_examples: ExampleKind = "questions"
     num_negatives: int = 0
     cross_process: bool = False
@@ -60,8 +63,12 @@ class MarginalObjective:
         marginal_weight: float = 1.0,
         teaches_retriever: bool = True,
         retriever_losses: Mapping[str, RetrieverLoss] | None = None,
+        examples: ExampleKind = "questions",
     ) -> None:
         check_smoothing(label_smoothing)
+        if examples not in RETRIEVED_FOR:
+            raise ConfigError(f"objective.examples: expected one of {', '.join(RETRIEVED_FOR)}, got {examples!r}")
+        self.examples: ExampleKind = examples
         if marginal_weight < 0:
             raise ConfigError(f"objective.marginal_weight: expected 0 or more, got {marginal_weight}")
         self.kind: MarginalKind = kind
@@ -87,15 +94,25 @@ class MarginalObjective:
             raise ConfigError("objective: marginal_weight=0 without retriever_losses teaches nothing: give one of them")
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
-        """Returns the losses of a batch, with gradient to the parts in ``trains``."""
+        """Returns the losses of a batch, with gradient to the parts in ``trains``; without teaching, the marginal's."""
         if sources.retriever is None:
             raise ConfigError(f"objective {self.kind}: expected a retriever, came none")
         texts = [question.question for question in batch.questions]
-        hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever, reencode=sources.reencode)
+        losses = self.retriever_losses if sources.teaching else {}
+        # encoded here, so that contrasting and retrieving share one pass
+        queries_BD = query_vectors(model, batch) if losses and "pairs" in self._needs() else None
+        hits, scores_BK = model.retrieve(
+            batch.query,
+            texts,
+            sources.retriever,
+            reencode=sources.reencode,
+            forbidden_ids=batch.forbidden_ids,
+            query_vectors_BD=queries_BD,
+        )
         ids_BK, alone = hits.ids_BK.to(scores_BK.device), None
         if self.kind == "stuffed":
             contexts = sources.assembler.stuffed(ids_BK, batch.prompt)
-            if self.retriever_losses:
+            if losses:
                 with torch.no_grad():
                     alone = model.generator.encode(sources.assembler.contexts(ids_BK, batch.prompt))
         else:
@@ -111,20 +128,20 @@ class MarginalObjective:
                 self.label_smoothing,
                 self.hf_compat,
                 hits,
-                read_alone=bool(self.retriever_losses),
+                read_alone=bool(losses),
                 alone=alone,
             )
-        if not self.retriever_losses and self.marginal_weight == 1.0:
+        if not losses and self.marginal_weight == 1.0:
             return outcome
         assert outcome.marginal is not None
-        terms = {"nll": outcome.marginal.nll_B}
-        loss_B = self.marginal_weight * outcome.marginal.nll_B
-        if self.retriever_losses:
-            reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
-            for name, term in self.retriever_losses.items():
-                terms[name] = term(reading)
-                loss_B = loss_B + term.weight * terms[name]
-        return replace(outcome, loss_B=loss_B, terms=terms)
+        nll_B = outcome.marginal.nll_B
+        outcome = replace(outcome, loss_B=self.marginal_weight * nll_B, terms={"nll": nll_B})
+        if not losses:
+            return outcome
+        reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
+        if queries_BD is not None:
+            reading = replace(reading, pairs=batch_pairs(model, batch, sources, queries_BD, hits, scores_BK))
+        return with_terms(outcome, losses, reading)
 
     def _reading(
         self,
@@ -149,11 +166,27 @@ class MarginalObjective:
             evidence = retriever.evidence(outcome.hits)
         questions = tuple(question.question for question in batch.questions)
         return Reading(
-            alone_BK.detach(), outcome.marginal.num_tokens_B, prior_BK, without_BK, attention_BK, questions, evidence
+            log_likelihood_BK=alone_BK.detach(),
+            num_tokens_B=outcome.marginal.num_tokens_B,
+            log_prior_BK=prior_BK,
+            without_BK=without_BK,
+            attention_BK=attention_BK,
+            questions=questions,
+            evidence=evidence,
+            has_null=outcome.hits is not None and outcome.hits.has_null,
         )
 
     def _needs(self) -> set[Need]:
         return {need for loss in self.retriever_losses.values() for need in loss.needs}
+
+
+def with_terms(outcome: Outcome, losses: Mapping[str, RetrieverLoss], reading: Reading) -> Outcome:
+    """Returns an outcome with weighted losses added to its own."""
+    terms = {name: loss(reading) for name, loss in losses.items()}
+    loss_B = outcome.loss_B
+    for name, loss in losses.items():
+        loss_B = loss_B + loss.weight * terms[name]
+    return replace(outcome, loss_B=loss_B, terms={**outcome.terms, **terms})
 
 
 def attention_to_each(

@@ -119,8 +119,8 @@ class PolicyGradient(nn.Module):
         self.start_reader: RagModel | None = None
         self._check()
         self.reads: Reads = "retrieved"
-        self.examples: ExampleKind = "questions"
-        self.eval_examples: ExampleKind = "questions"
+        self.examples: ExampleKind = objective.examples
+        self.eval_examples: ExampleKind = objective.eval_examples
         self.num_negatives = 0
         self.cross_process = False
         taught = [*(objective.trains if likelihood_weight > 0 else ())]
@@ -149,8 +149,10 @@ class PolicyGradient(nn.Module):
         """Keeps copies of the policies as they start; refuses policies that do not learn.
 
         Raises:
-            ConfigError: A policy is frozen, or the retriever has no query encoder.
+            ConfigError: A policy is frozen, or the model has a null passage.
         """
+        if model.null_passage is not None:
+            raise ConfigError("reinforce: expected model.null_passage=false, as policies draw from passages alone")
         if "generator" in self.policies and "generator" not in trained:
             raise ConfigError(
                 "reinforce.policies: the generator is frozen. Set optim.train_generator=true, or leave it out"
@@ -234,7 +236,12 @@ class PolicyGradient(nn.Module):
         num_candidates = min(wanted, len(sources.retriever.corpus)) if "retriever" in self.policies else num_passages
         texts = [question.question for question in batch.questions]
         return model.retrieve(
-            batch.query, texts, sources.retriever, num_passages=num_candidates, reencode=sources.reencode
+            batch.query,
+            texts,
+            sources.retriever,
+            num_passages=num_candidates,
+            reencode=sources.reencode,
+            forbidden_ids=batch.forbidden_ids,
         )
 
     def _draw(

@@ -4,20 +4,25 @@ Each is one term of :class:`~rag_lightning.training.objectives.marginal.Marginal
 mathematics is in :mod:`rag_lightning.losses.distillation`. ``p(z|x)`` has the model's temperature on its side.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.losses.distillation import KlDirection, emdr2, leave_one_out, passage_kl, usefulness_log_target
+from rag_lightning.losses.retriever import in_batch_contrastive
 from rag_lightning.retrieval.rerank import PairScorer
+from rag_lightning.training.objectives.pairs import Pairs
 from rag_lightning.types import Evidence
 
-Need = Literal["without", "attention", "evidence"]
+logger = logging.getLogger(__name__)
+Need = Literal["without", "attention", "evidence", "pairs"]
 """What a loss may ask for besides the likelihoods: those ``without`` each passage, where they are not mere arithmetic
-(fusion-in-decoder), the reader's attention, and the passages' texts."""
+(fusion-in-decoder), the reader's attention, the passages' texts, and the questions against gold passages."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Reading:
         attention_BK: How much the reader takes from each passage; a constant.
         questions: The texts asked.
         evidence: The passages.
+        pairs: The questions against the batch's gold passages and their own retrieved ones, with gradient.
+        has_null: True where the last of the K places is the null passage.
     """
 
     log_likelihood_BK: Float[Tensor, "B K"]
@@ -41,6 +48,8 @@ class Reading:
     attention_BK: Float[Tensor, "B K"] | None = None
     questions: tuple[str, ...] = ()
     evidence: Evidence | None = None
+    pairs: Pairs | None = None
+    has_null: bool = False
 
 
 @runtime_checkable
@@ -208,13 +217,31 @@ class CrossEncoderDistillation(_Distillation):
         self.cross_encoder = cross_encoder
         self.batch_size = batch_size
 
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns the divergence over the passages: of a null passage, which has no text, a cross-encoder says nothing.
+
+        Its share is left as it is, and ``p(z|x)`` taken given that a passage is chosen.
+        """
+        if not reading.has_null:
+            return super().__call__(reading)
+        found_BK = reading.log_prior_BK[:, :-1].log_softmax(dim=1)
+        return super().__call__(
+            Reading(
+                reading.log_likelihood_BK[:, :-1],
+                reading.num_tokens_B,
+                found_BK,
+                questions=reading.questions,
+                evidence=reading.evidence,
+            )
+        )
+
     def _usefulness(self, reading: Reading) -> Float[Tensor, "B K"]:
         assert reading.evidence is not None
         prior_BK = reading.log_prior_BK
         if isinstance(self.cross_encoder, nn.Module):
             self.cross_encoder.to(prior_BK.device)
         questions = [text for text in reading.questions for _ in range(prior_BK.shape[1])]
-        passages = [passage for row in reading.evidence.passages for passage in row]
+        passages = [passage for row in reading.evidence.passages for passage in row[: prior_BK.shape[1]]]
         return self.cross_encoder.score(questions, passages, batch_size=self.batch_size).view_as(prior_BK)
 
 
@@ -237,6 +264,44 @@ class Emdr2:
     def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
         """Returns ``-log p(y|x)``, with gradient to the retriever alone."""
         return emdr2(reading.log_likelihood_BK, reading.log_prior_BK)
+
+
+class InBatchContrastive:
+    """Draws each question to its gold passage, away from others (Karpukhin et al. 2020, DPR §3.2), beside any reader.
+
+    Negatives are the other questions' gold passages, and the question's own retrieved passages that are not gold for
+    it: hard negatives of the live index. Use it where gold passages are known, to hold the retriever to them while the
+    reader's judgement teaches it more. :class:`~rag_lightning.training.objectives.contrastive.Contrastive` is the
+    objective for a retriever alone, with the passages of all processes; this one contrasts within its process.
+
+    A question without a gold passage has loss 0.
+
+    Args:
+        weight: In the sum of an objective.
+
+    Raises:
+        ConfigError: A weight that is not positive.
+    """
+
+    needs: tuple[Need, ...] = ("pairs",)
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        _check(type(self).__name__, weight)
+        self.weight = weight
+        self._told_of_none = False
+
+    def __call__(self, reading: Reading) -> Float[Tensor, "B"]:
+        """Returns ``-log softmax`` of each question's gold passage among those of the batch and its own."""
+        pairs = reading.pairs
+        assert pairs is not None
+        if not self._told_of_none and not bool(pairs.known_B.any()):
+            self._told_of_none = True
+            logger.warning(
+                "retriever_loss contrastive: no question of this batch has a gold passage (positive_passage_ids), so "
+                "it teaches nothing here; further such batches will come without a message"
+            )
+        loss_B = in_batch_contrastive(pairs.scores_BN, pairs.own_B, pairs.ignored_BN)
+        return torch.where(pairs.known_B, loss_B, torch.zeros_like(loss_B))
 
 
 def _check(name: str, weight: float, temperature: float = 1.0, direction: str = "forward") -> None:

@@ -9,10 +9,12 @@ import torch
 from rag_lightning.errors import ConfigError
 from rag_lightning.losses.marginal import doc_log_prior
 from rag_lightning.rag import RagModel
+from rag_lightning.retrieval.null import NullPassage
 from rag_lightning.training.objectives import (
     AttentionDistillation,
     CrossEncoderDistillation,
     Emdr2,
+    InBatchContrastive,
     LeaveOneOut,
     MarginalObjective,
     Objective,
@@ -20,6 +22,7 @@ from rag_lightning.training.objectives import (
     Sources,
 )
 from rag_lightning.training.objectives.retriever_losses import Reading, RetrieverLoss
+from rag_lightning.types import TokenBatch
 from tests.unit.losses.test_distillation import softmax
 
 ENCODER_ONLY = {"marginal_weight": 0.0, "teaches_retriever": False}
@@ -85,6 +88,11 @@ FLOW = [
     ({**ENCODER_ONLY, "retriever_losses": {"a": LeaveOneOut()}}, {"query", "passage"}),
     ({**ENCODER_ONLY, "retriever_losses": {"a": Emdr2()}}, {"query", "passage"}),
     ({"marginal_weight": 0.0, "retriever_losses": {"a": Emdr2()}}, {"query", "passage"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": InBatchContrastive()}}, {"query", "passage"}),
+    (
+        {"teaches_retriever": False, "retriever_losses": {"a": InBatchContrastive()}},
+        {"query", "passage", "generator"},
+    ),
 ]
 
 
@@ -95,6 +103,8 @@ FID_FLOW = [
     ({**ENCODER_ONLY, "retriever_losses": {"a": LeaveOneOut()}}, {"query", "passage"}),
     ({"retriever_losses": {"a": AttentionDistillation()}}, {"query", "passage", "generator"}),
     ({**ENCODER_ONLY, "retriever_losses": {"a": AttentionDistillation()}}, {"query", "passage"}),
+    ({"retriever_losses": {"a": InBatchContrastive()}}, {"query", "passage", "generator"}),
+    ({**ENCODER_ONLY, "retriever_losses": {"a": InBatchContrastive()}}, {"query", "passage"}),
 ]
 
 
@@ -276,3 +286,138 @@ def test_what_would_teach_nothing_is_refused(tiny_run):
             made(temperature=0.0)
     with pytest.raises(ConfigError, match="Emdr2: expected a weight above 0, got -1"):
         Emdr2(weight=-1.0)
+
+
+# ---------------------------------------------------------------------- contrasting beside a reader
+
+
+def naive_contrastive(model, corpus, batch, hits, gold):
+    """The loss of each question by plain loops over texts: other gold passages, and own hits that are not gold."""
+    tower, tokenizer = model.encoder.passage_tower(), model.encoder.tokenizer
+
+    def vector(text, encode):
+        tokens = tokenizer([text], return_tensors="pt")
+        return encode(TokenBatch(tokens["input_ids"], tokens["attention_mask"]))[0].double()
+
+    def score(question, row):
+        one, other = vector(question.question, model.encoder.query), vector(text_of(row), tower)
+        value = -(one - other).square().sum() if model.settings.metric == "l2" else (one * other).sum()
+        return float(value) / model.settings.temperature
+
+    def text_of(row):
+        return model.encoder.passage_text(corpus[row])
+
+    losses = []
+    for place, question in enumerate(batch.questions):
+        if gold[place] < 0:
+            losses.append(0.0)
+            continue
+        own = {corpus.row_of(passage_id) for passage_id in question.positive_passage_ids}
+        columns = [row for row in gold if row >= 0 and row not in own]
+        columns += [row for row in hits.ids_BK[place].tolist() if row >= 0 and row not in own and row not in gold]
+        scores = [score(question, gold[place]), *(score(question, row) for row in columns)]
+        losses.append(math.log(sum(math.exp(value - scores[0]) for value in scores)))
+    return losses
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+@pytest.mark.parametrize("reencodes", [True, False])
+@pytest.mark.parametrize("kind", ["rag_token", "fid"])
+def test_contrasting_equals_plain_loops(kind, reencodes, metric, ready):
+    objective = MarginalObjective(kind=kind, retriever_losses={"contrastive": InBatchContrastive(weight=0.5)})
+    run, batch = ready(objective)
+    model, corpus = run.module.model, run.data.corpus
+    model.settings = replace(model.settings, metric=metric)
+    gold = batch.positive_ids.tolist()
+    # the second question shares the first one's gold passage, the last one knows none
+    questions = list(batch.questions)
+    both = (questions[1].positive_passage_ids[0], questions[0].positive_passage_ids[0])
+    questions[1] = replace(questions[1], positive_passage_ids=both)
+    questions[3] = replace(questions[3], positive_passage_ids=())
+    gold[3] = -1
+    batch = replace(batch, questions=tuple(questions), positive_ids=torch.tensor(gold))
+    reencode = run.data.encoder_tokens if reencodes else None
+    outcome = objective(model, batch, Sources(run.data.assembler, run.data.retriever, reencode))
+    with torch.no_grad():
+        expected = naive_contrastive(model, corpus, batch, outcome.hits, gold)
+    assert outcome.terms["contrastive"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert expected[3] == 0.0
+    torch.testing.assert_close(outcome.loss_B, outcome.terms["nll"] + 0.5 * outcome.terms["contrastive"])
+    outcome.terms["contrastive"].sum().backward()
+    for tower, moves in ((model.encoder.query, True), (model.encoder.passage, reencodes)):
+        assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tower.parameters()) == moves
+        assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in tower.parameters())
+
+
+def test_questions_are_encoded_once(ready):
+    run, batch = ready(MarginalObjective(kind="rag_token", retriever_losses={"contrastive": InBatchContrastive()}))
+    tower, calls = run.module.model.encoder.query, []
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    outcome_of(run, batch)
+    assert len(calls) == 1
+
+
+def test_without_gold_passages_contrasting_is_nothing_and_says_so_once(ready, caplog):
+    run, batch = ready(MarginalObjective(kind="rag_token", retriever_losses={"contrastive": InBatchContrastive()}))
+    bare = tuple(replace(question, positive_passage_ids=()) for question in batch.questions)
+    batch = replace(batch, questions=bare, positive_ids=torch.full((4,), -1))
+    for _ in range(2):
+        outcome = outcome_of(run, batch)
+        assert outcome.terms["contrastive"].tolist() == [0.0] * 4
+    outcome.terms["contrastive"].sum().backward()
+    grads = [p.grad for p in run.module.model.encoder.parameters() if p.grad is not None]
+    assert all(float(grad.abs().sum()) == 0 for grad in grads)
+    assert sum("no question of this batch has a gold passage" in line for line in caplog.messages) == 1
+
+
+def test_a_null_passage_and_fillers_are_no_negatives(ready):
+    run, batch = ready(MarginalObjective(kind="rag_token", retriever_losses={"contrastive": InBatchContrastive()}))
+    model = run.module.model
+    plain = outcome_of(run, batch).terms["contrastive"]
+    model.null_passage = NullPassage(torch.full((16,), 5.0))
+    torch.testing.assert_close(outcome_of(run, batch).terms["contrastive"], plain)
+    model.null_passage = None
+    filled = replace(batch, weights_B=torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    outcome = outcome_of(run, filled)
+    with torch.no_grad():
+        gold = [*batch.positive_ids.tolist()[:3], -1]
+        expected = naive_contrastive(model, run.data.corpus, filled, outcome.hits, gold)
+    assert outcome.terms["contrastive"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_contrasting_wants_similarities(ready):
+    run, batch = ready(MarginalObjective(kind="rag_token", retriever_losses={"contrastive": InBatchContrastive()}))
+
+    class Words(type(run.data.retriever)):
+        gradient_to = ()
+
+        def scores(self, hits, similarities_BK, query_vectors_BD):
+            return hits.scores_BK
+
+    run.data.retriever.__class__ = Words
+    with pytest.raises(ConfigError, match="retriever_loss contrastive: expected a retriever whose document scores are"):
+        outcome_of(run, batch)
+
+
+@pytest.mark.parametrize("kind", ["rag_token", "fid"])
+def test_a_run_contrasts_beside_the_reader_and_not_in_evaluation(kind, tiny_run, tiny_model, tiny_world):
+    model = tiny_model()
+    model.settings = replace(model.settings, objective=kind, decoding=kind)
+    losses = {"contrastive": InBatchContrastive(), "pdist": PerplexityDistillation()}
+    files = {"validation": str(tiny_world.validation), "test": str(tiny_world.test)}
+    run = tiny_run(model=model, objective=MarginalObjective(kind=kind, retriever_losses=losses), data=files)
+    taught = []
+    for term in losses.values():
+        whole = type(term).__call__
+
+        def watched(self, reading, whole=whole):
+            taught.append(torch.is_grad_enabled())
+            return whole(self, reading)
+
+        term.__class__ = type(type(term).__name__, (type(term),), {"__call__": watched})
+    run.fit()
+    assert {"train/contrastive", "train/pdist", "train/nll"} <= set(run.trainer.callback_metrics)
+    in_training = len(taught)
+    assert in_training == 2 * 4  # terms by steps
+    run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    assert len(taught) == in_training
