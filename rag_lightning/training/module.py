@@ -17,7 +17,7 @@ from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer,
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import DecodingMode
 from rag_lightning.training.datamodule import RagDataModule
-from rag_lightning.training.objectives import MarginalObjective, Objective, Outcome, Sources
+from rag_lightning.training.objectives import KnowledgeDistillation, MarginalObjective, Objective, Outcome, Sources
 from rag_lightning.training.objectives.marginal import RETRIEVER
 from rag_lightning.training.optim import (
     OptimSettings,
@@ -75,8 +75,9 @@ class RagLightningModule(L.LightningModule):
         self.trained = optim.trained_parts(wanted) if learns else ()
         if learns:
             check_teaches(objective, self.trained)
-        if learns:
             freeze_all_but(model, self.trained)
+        if learns and isinstance(objective, KnowledgeDistillation):
+            objective.attach(model, self.trained)
         self.metrics = nn.ModuleDict(
             {
                 "answers": AnswerMetrics(),
@@ -307,6 +308,8 @@ def check_teaches(objective: Objective, trained: Sequence[str]) -> None:
     Raises:
         ConfigError: Names the losses.
     """
+    if isinstance(objective, KnowledgeDistillation) and objective.weights["hard"] > 0:
+        objective = objective.objective
     if isinstance(objective, MarginalObjective) and objective.retriever_losses and not {*RETRIEVER} & {*trained}:
         raise ConfigError(
             f"retriever_loss: {', '.join(objective.retriever_losses)} would teach nothing, as no part of the retriever "

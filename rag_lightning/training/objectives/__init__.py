@@ -8,6 +8,7 @@ from rag_lightning.training.objectives.base import Objective, Outcome, Sources
 from rag_lightning.training.objectives.closed_book import ClosedBook
 from rag_lightning.training.objectives.contrastive import Contrastive
 from rag_lightning.training.objectives.denoising import Denoising
+from rag_lightning.training.objectives.knowledge import KnowledgeDistillation
 from rag_lightning.training.objectives.marginal import MarginalObjective
 from rag_lightning.training.objectives.retriever_losses import (
     AttentionDistillation,
@@ -16,6 +17,7 @@ from rag_lightning.training.objectives.retriever_losses import (
     LeaveOneOut,
     PerplexityDistillation,
 )
+from rag_lightning.training.objectives.teacher import Teacher
 
 __all__ = [
     "AttentionDistillation",
@@ -24,10 +26,12 @@ __all__ = [
     "CrossEncoderDistillation",
     "Denoising",
     "Emdr2",
+    "KnowledgeDistillation",
     "LeaveOneOut",
     "MarginalObjective",
     "Objective",
     "Outcome",
     "PerplexityDistillation",
     "Sources",
+    "Teacher",
 ]

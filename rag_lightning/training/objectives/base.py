@@ -21,17 +21,19 @@ Reads = Literal["retrieved", "own", "nothing"]
 
 @dataclass(frozen=True)
 class Sources:
-    """What the data module lends to a step.
+    """What a step is lent, and asked to keep.
 
     Attributes:
         assembler: Joins passages and questions.
         retriever: Searches the live snapshot; None where nothing is retrieved.
         reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
+        keep_logits: Leave the generator's logits in the outcome's marginal, for whoever compares whole distributions.
     """
 
     assembler: ContextAssembler
     retriever: Retriever | None = None
     reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
+    keep_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Outcome(TensorRecord):
         marginal: For objectives that read.
         hits: For objectives that retrieve.
         encoded: The contexts, for decoding without encoding them again.
-        doc_scores_BK: Their similarities.
+        doc_scores_BK: Their similarities, with gradient to what retrieves, whether or not the loss has one.
         terms: What the loss is the sum of, by name and without weights, where it has several terms.
     """
 
@@ -92,6 +94,7 @@ def read(
     hf_compat: bool = False,
     hits: Hits | None = None,
     read_alone: bool = False,
+    keep_logits: bool = False,
 ) -> Outcome:
     """Returns the marginal loss of a batch's targets given its contexts, smoothed in training only.
 
@@ -105,6 +108,7 @@ def read(
         label_smoothing=label_smoothing if model.training else 0.0,
         hf_compat=hf_compat,
         read_alone=read_alone or not model.training,
+        keep_logits=keep_logits,
     )
     return Outcome(marginal.nll_B, marginal.num_tokens_B, marginal, hits, encoded, doc_scores_BK)
 

@@ -101,7 +101,9 @@ class MarginalObjective:
                 self.hf_compat,
                 hits,
                 read_alone=bool(self.retriever_losses),
+                keep_logits=sources.keep_logits,
             )
+        outcome = replace(outcome, doc_scores_BK=scores_BK)
         if not self.retriever_losses and self.marginal_weight == 1.0:
             return outcome
         assert outcome.marginal is not None
