@@ -145,8 +145,8 @@ def soft_target_kl(
     The gradient of the divergence falls with T²; times T² its weight against the hard targets stays as it was.
 
     Args:
-        log_target_SE: The teacher's :func:`predictive_log_probs`, :func:`tempered` with the same T and, where ``ids_SN``
-            is given, then :func:`coarsen`-ed; a constant.
+        log_target_SE: The teacher's :func:`predictive_log_probs`, :func:`tempered` with the same T and then, where
+            ``ids_SN`` is given, :func:`coarsen`-ed; a constant.
         log_probs_SV: The student's :func:`predictive_log_probs` as they are.
         target_mask_BT: Which positions are scored.
         temperature: Above 1 shows more of what the teacher holds unlikely.

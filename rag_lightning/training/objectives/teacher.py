@@ -71,7 +71,7 @@ class Vocabulary:
 
     def _described(self) -> str:
         pad, start, end = self.special_ids
-        return f"{self.size} tokens of tokenizer {self.tokenizer_hash[:12]} with padding {pad}, start {start} and end {end}"
+        return f"{self.size} tokens of tokenizer {self.tokenizer_hash[:12]} (padding {pad}, start {start}, end {end})"
 
 
 @dataclass(frozen=True)
