@@ -70,7 +70,7 @@ def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
 def build_objective(config: DictConfig) -> Objective:
     """Builds the objective, with its teacher where it is to be distilled into."""
     objective: Objective = instantiate(config.objective)
-    if config.get("distill") is None:  # runs of earlier versions know no such group
+    if config.get("distill") is None:  # without a choice, Hydra leaves the group out
         return objective
     teacher = Teacher(source=config.distill.teacher, load=lambda source: load_checkpoint(source, "distill.teacher")[0])
     distilled: Objective = instantiate(config.distill, objective=objective, teacher=teacher)
