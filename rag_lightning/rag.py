@@ -81,6 +81,7 @@ class Marginal(TensorRecord):
         passage_log_likelihood_BK: ``log p(y|x,z)``, of the whole answer from each passage alone; None for
             fusion-in-decoder where it was not asked for, and then the posterior is the prior.
         num_tokens_B: Scored target tokens.
+        logits_BRTV: The decoder's logits, only when asked for: R is K, or 1 for fusion-in-decoder, which reads once.
     """
 
     nll_B: Float[Tensor, "B"]
@@ -89,6 +90,7 @@ class Marginal(TensorRecord):
     log_posterior_BK: Float[Tensor, "B K"]
     passage_log_likelihood_BK: Float[Tensor, "B K"] | None
     num_tokens_B: Int[Tensor, "B"]
+    logits_BRTV: Float[Tensor, "B R T V"] | None = None
 
 
 class RagModel(nn.Module):
@@ -218,6 +220,7 @@ class RagModel(nn.Module):
         hf_compat: bool | None = None,
         read_alone: bool = True,
         alone: EncodedContexts | None = None,
+        keep_logits: bool = False,
     ) -> Marginal:
         """Returns the marginal likelihood of the batch's targets, or what a reader of all passages says of them.
 
@@ -230,14 +233,14 @@ class RagModel(nn.Module):
             hf_compat: Prior placement and smoothing as in transformers; the model's setting by default.
             read_alone: With ``fid``, score the target from each passage alone too, without gradient.
             alone: With ``stuffed``, contexts of one passage each, ``B * K``, to do the same.
+            keep_logits: Also return the logits, for losses that compare whole distributions.
         """
         objective = objective if objective is not None else self.settings.objective
         if objective in ("fid", "stuffed"):
-            encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
-            if objective == "stuffed":
-                return self._together(batch, encoded, alone, label_smoothing)
-            fused = encoded.fused(batch.doc_scores_BK > -torch.inf)
-            return self._together(batch, fused, encoded if read_alone else None, label_smoothing)
+            together = encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
+            if objective == "fid":
+                together, alone = encoded.fused(batch.doc_scores_BK > -torch.inf), encoded if read_alone else None
+            return self._together(batch, together, alone, label_smoothing, keep_logits=keep_logits)
         hf_compat = hf_compat if hf_compat is not None else self.settings.hf_compat
         hf_smoothing = hf_compat and label_smoothing > 0
         output = self.generator.score(
@@ -245,7 +248,7 @@ class RagModel(nn.Module):
             batch.labels,
             batch.doc_scores_BK.shape[1],
             vocab_mean=label_smoothing > 0 and not hf_compat,
-            keep_logits=hf_smoothing,
+            keep_logits=hf_smoothing or keep_logits,
         )
         prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
         arguments = (output.token_log_probs_BKT, prior_BK, output.target_mask_BT)
@@ -270,10 +273,18 @@ class RagModel(nn.Module):
             penalty_B = smoothing_penalty(output.vocab_mean_BKT, posterior_BK, output.target_mask_BT)
             nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
         alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
-        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
+        logits_BRTV = output.logits_BKTV if keep_logits else None
+        num_tokens_B = output.target_mask_BT.sum(dim=1)
+        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, num_tokens_B, logits_BRTV)
 
     def _together(
-        self, batch: RagBatch, together: EncodedContexts, alone: EncodedContexts | None, label_smoothing: float
+        self,
+        batch: RagBatch,
+        together: EncodedContexts,
+        alone: EncodedContexts | None,
+        label_smoothing: float,
+        *,
+        keep_logits: bool,
     ) -> Marginal:
         """Returns what a reader says of the targets that reads all passages at once.
 
@@ -282,9 +293,12 @@ class RagModel(nn.Module):
             together: One context for each question.
             alone: ``B * K`` contexts, to score the target from each passage alone too, without gradient.
             label_smoothing: ε.
+            keep_logits: Also return the logits.
         """
         prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
-        output = self.generator.score(together, batch.labels, 1, vocab_mean=label_smoothing > 0)
+        output = self.generator.score(
+            together, batch.labels, 1, vocab_mean=label_smoothing > 0, keep_logits=keep_logits
+        )
         log_likelihood_B = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0]
         nll_B = -log_likelihood_B
         if output.vocab_mean_BKT is not None:
@@ -297,7 +311,8 @@ class RagModel(nn.Module):
                 each = self.generator.score(alone, batch.labels, prior_BK.shape[1])
             alone_BK = passage_log_likelihood(each.token_log_probs_BKT, each.target_mask_BT)
             posterior_BK = passage_log_posterior(each.token_log_probs_BKT, prior_BK.detach(), each.target_mask_BT)
-        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, output.target_mask_BT.sum(dim=1))
+        num_tokens_B = output.target_mask_BT.sum(dim=1)
+        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, num_tokens_B, output.logits_BKTV)
 
     def log_likelihood(
         self,

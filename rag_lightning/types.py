@@ -12,6 +12,9 @@ Axes, in names (``scores_BK``) and in jaxtyping strings alike:
 ``V``  vocabulary of the generator
 ``N``  passages in the corpus, or rows of a flattened batch (``N = B * K``)
 ``M``  hard negatives of each question
+``R``  readings of a question: its K passages, or 1 where all are read at once
+``S``  scored target positions of a batch, those of one question adjacent (no padding)
+``E``  events of a distribution over the vocabulary: its tokens, or some of them and the rest as one
 ====  =================================================
 """
 

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.decoding.options import DecodingMode, DecodingOptions
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.generators.lora import add_lora
 from rag_lightning.rag import RagModel
-from rag_lightning.rag_parts import RagSettings
+from rag_lightning.rag_parts import CONFIG_NAME, RagSettings
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule
-from rag_lightning.training.module import RagLightningModule
-from rag_lightning.training.objectives import Objective
+from rag_lightning.training.module import RagLightningModule, check_shapes
+from rag_lightning.training.objectives import Objective, Teacher
 from rag_lightning.training.tracking import TrackingCallback
 
 DEFAULT_DECODING: dict[str, DecodingMode] = {
@@ -66,9 +67,7 @@ def build_model(config: DictConfig) -> RagModel:
 
 def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
     """Builds the Lightning module and the data module, bound to each other."""
-    objective: Objective = instantiate(config.objective)
-    if config.get("reinforce") is not None:
-        objective = instantiate(config.reinforce, objective=objective)
+    objective = build_objective(config)
     model = build_model(config)
     module = RagLightningModule(
         model=model, objective=objective, optim=instantiate(config.optim), **plain(config.module)
@@ -76,6 +75,18 @@ def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
     data: RagDataModule = instantiate(config.data)
     bind(data, model, objective)
     return module, data
+
+
+def build_objective(config: DictConfig) -> Objective:
+    """Builds the objective, with a reward and a teacher where it is to learn from one."""
+    objective: Objective = instantiate(config.objective)
+    if config.get("reinforce") is not None:
+        objective = instantiate(config.reinforce, objective=objective)
+    if config.get("distill") is None:  # without a choice, Hydra leaves the group out
+        return objective
+    teacher = Teacher(source=config.distill.teacher, load=lambda source: load_checkpoint(source, "distill.teacher")[0])
+    distilled: Objective = instantiate(config.distill, objective=objective, teacher=teacher)
+    return distilled
 
 
 def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
@@ -166,6 +177,41 @@ def run_folder(checkpoint: str) -> Path:
     if path.suffix == ".ckpt":
         return path.parent.parent
     return path.parent if (path / "rag_config.json").is_file() else path
+
+
+def load_checkpoint(checkpoint: str, setting: str = "checkpoint") -> tuple[RagModel, DictConfig | None]:
+    """Returns the model behind a run directory, a Lightning checkpoint or a saved model directory.
+
+    Args:
+        checkpoint: Where it is.
+        setting: Which setting named it, for messages.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        CheckpointError: The checkpoint is of another model.
+    """
+    place = Path(checkpoint)
+    folder = run_folder(checkpoint)
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    assert config is None or isinstance(config, DictConfig)
+    if place.suffix == ".ckpt":
+        if not place.is_file():
+            raise MissingFileError(f"{setting}: no such file: {place}. Check the path.")
+        if config is None:
+            raise MissingFileError(f"{setting}: expected {folder / 'config.yaml'} beside the checkpoint, found none")
+        model = build_model(config)
+        weights = torch.load(place, map_location="cpu", weights_only=True)["state_dict"]
+        weights = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        check_shapes(model.state_dict(), weights)
+        model.load_state_dict(weights)
+        return model, config
+    is_model = (place / CONFIG_NAME).is_file()
+    if not is_model and place.is_dir() and not (place / "model").is_dir():
+        raise MissingFileError(
+            f"{setting}: expected a run folder with model/, a .ckpt file or a model folder, found {place}. "
+            "An interrupted run has no model/ yet: give its checkpoints/last.ckpt, or resume it."
+        )
+    return RagModel.from_pretrained(place if is_model or not place.is_dir() else place / "model"), config
 
 
 def decoding_of(

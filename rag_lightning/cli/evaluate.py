@@ -2,18 +2,15 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rag_lightning.cli.build import bind, build_model, build_trainer, decoding_of, instantiate, run_folder
-from rag_lightning.errors import ConfigError, MissingFileError
+from rag_lightning.cli.build import bind, build_trainer, decoding_of, instantiate, load_checkpoint
+from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
-from rag_lightning.rag_parts import CONFIG_NAME
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
 from rag_lightning.training.datamodule import RagDataModule
-from rag_lightning.training.module import RagLightningModule, check_shapes
+from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import ClosedBook, Contrastive, MarginalObjective, Objective
 from rag_lightning.training.optim import OptimSettings
 
@@ -31,37 +28,6 @@ def run(config: DictConfig) -> None:
     trainer = build_trainer(config, config.callbacks)
     trainer.test(module, datamodule=data, weights_only=True)
     logger.info("metrics.json and predictions.jsonl are in %s", config.output)
-
-
-def load_checkpoint(checkpoint: str) -> tuple[RagModel, DictConfig | None]:
-    """Returns the model behind a run directory, a Lightning checkpoint or a saved model directory.
-
-    Raises:
-        MissingFileError: Nothing is there.
-        CheckpointError: The checkpoint is of another model.
-    """
-    place = Path(checkpoint)
-    folder = run_folder(checkpoint)
-    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    assert config is None or isinstance(config, DictConfig)
-    if place.suffix == ".ckpt":
-        if not place.is_file():
-            raise MissingFileError(f"checkpoint: no such file: {place}. Check the path.")
-        if config is None:
-            raise MissingFileError(f"checkpoint: expected {folder / 'config.yaml'} beside the checkpoint, found none")
-        model = build_model(config)
-        weights = torch.load(place, map_location="cpu", weights_only=True)["state_dict"]
-        weights = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-        check_shapes(model.state_dict(), weights)
-        model.load_state_dict(weights)
-        return model, config
-    is_model = (place / CONFIG_NAME).is_file()
-    if not is_model and place.is_dir() and not (place / "model").is_dir():
-        raise MissingFileError(
-            f"checkpoint: expected a run folder with model/, a .ckpt file or a model folder, found {place}. "
-            "An interrupted run has no model/ yet: give its checkpoints/last.ckpt, or resume it."
-        )
-    return RagModel.from_pretrained(place if is_model or not place.is_dir() else place / "model"), config
 
 
 def apply_overrides(model: RagModel, config: DictConfig) -> None:

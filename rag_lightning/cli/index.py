@@ -16,8 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rag_lightning.cli import index_benchmark
-from rag_lightning.cli.build import instantiate
-from rag_lightning.cli.evaluate import load_checkpoint
+from rag_lightning.cli.build import instantiate, load_checkpoint
 from rag_lightning.cli.plan import check_plan, figures_of, peak_memory, plan_of, show_plan, timed
 from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.corpora.questions import read_questions

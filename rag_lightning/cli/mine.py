@@ -6,8 +6,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from rag_lightning.cli.build import instantiate
-from rag_lightning.cli.evaluate import load_checkpoint
+from rag_lightning.cli.build import instantiate, load_checkpoint
 from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.corpora.questions import read_questions
 from rag_lightning.encoders.bi_encoder import BiEncoder

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from rag_lightning.cli.evaluate import apply_overrides, load_checkpoint
+from rag_lightning.cli.build import load_checkpoint
+from rag_lightning.cli.evaluate import apply_overrides
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.corpora.questions import read_questions, write_predictions
 from rag_lightning.errors import ConfigError

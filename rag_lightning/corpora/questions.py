@@ -12,7 +12,7 @@ passages, not scores, which are kept for distilling the miner.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,38 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
     "log_likelihood"}]`` and ``"token_posteriors": {"tokens", "probabilities"}`` (a row for each passage) follow.
     """
     write_json_lines(Path(path), (_prediction_record(prediction) for prediction in predictions))
+
+
+def with_answers(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """Returns questions whose answers are those of a predictions file: a teacher's, for a student to train on.
+
+    Sequence-level distillation (Kim and Rush 2016, §3.2): the targets are what the teacher says, not what is true.
+
+    Args:
+        questions: The records; what else they hold stays.
+        path: What ``rag-lightning predict`` wrote for these questions (and any others).
+
+    Raises:
+        MissingFileError: No such file.
+        DataError: A line without id or answer, a repeated id, or a question without an answer there; names it.
+    """
+    file = existing_file(resolve(path), "answers_from")
+    answers: dict[str, str] = {}
+    for number, record in read_json_lines(file):
+        place = f"{file}, line {number}"
+        question_id = string_field(record, "id", place)
+        if question_id in answers:
+            raise DataError(f"{place}: expected each question id once, came {question_id!r} again. Remove one.")
+        answers[question_id] = string_field(record, "answer", place, blank=True).strip()
+    for question in questions:
+        if not answers.get(question.id):
+            what = "an empty answer" if question.id in answers else "none"
+            raise DataError(
+                f"{file}: expected an answer to each training question, came {what} for {question.id!r}. Write the "
+                "file by rag-lightning predict with all training questions (decoding.min_new_tokens=1 keeps answers "
+                "from being empty), or leave the question out of data.train."
+            )
+    return [replace(question, answers=(answers[question.id],), answer_regex=None) for question in questions]
 
 
 def _prediction_record(prediction: Prediction) -> dict[str, Any]:

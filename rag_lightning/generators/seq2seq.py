@@ -1,5 +1,6 @@
 """Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.mimetic import start_mimetic
 from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
+from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
 
@@ -54,14 +56,25 @@ class Seq2SeqGenerator(PretrainedGenerator):
         )
 
     @classmethod
-    def from_source(cls, source: str, tokenizer: str | None = None) -> "Seq2SeqGenerator":
+    def from_source(
+        cls,
+        source: str,
+        tokenizer: str | None = None,
+        *,
+        encoder_layers: Sequence[int] | None = None,
+        decoder_layers: Sequence[int] | None = None,
+    ) -> "Seq2SeqGenerator":
         """Loads a folder, a hub id, or a ``bundled:`` folder in the transformers layout.
 
         Args:
             source: Where the model is.
             tokenizer: Where its tokenizer is, if not in the same place.
+            encoder_layers: Keep these layers only, see :mod:`rag_lightning.generators.shrink`.
+            decoder_layers: The same of the decoder.
         """
         model, tokens = cls.read(source, tokenizer)
+        if encoder_layers is not None or decoder_layers is not None:
+            keep_layers(model, encoder=encoder_layers, decoder=decoder_layers)
         return cls(model=model, tokenizer=tokens)
 
     @classmethod

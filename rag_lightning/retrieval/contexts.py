@@ -47,6 +47,11 @@ class ContextAssembler:
         self.prefix_ids, self.suffix_ids = affixes if affixes is not None else special_affixes(tokenizer)
         self._told_of_cut_passages = False
 
+    @property
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """Ids before and after every context."""
+        return self.prefix_ids, self.suffix_ids
+
     def contexts(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch) -> TokenBatch:
         """Returns the joined contexts, passages of one question adjacent.
 

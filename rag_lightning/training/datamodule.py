@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
-from rag_lightning.corpora.questions import read_questions
+from rag_lightning.corpora.questions import read_questions, with_answers
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.index.bm25 import Bm25Index
 from rag_lightning.rag import RagModel
@@ -47,6 +47,8 @@ class RagDataModule(L.LightningDataModule):
         train: Question file; None where passages alone are trained on.
         validation: Question file; None to train without validation.
         test: Question file; None for no test.
+        answers_from: Predictions on the training questions, to train on instead of their own answers (sequence-level
+            distillation); validation and test keep theirs.
         batch_size: Questions of a training batch, over all processes.
         eval_batch_size: Questions of a validation or test batch, over all processes.
         limit_validation: Validate on the first so many questions only.
@@ -70,6 +72,7 @@ class RagDataModule(L.LightningDataModule):
         train: str | None = None,
         validation: str | None = None,
         test: str | None = None,
+        answers_from: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 32,
         limit_validation: int | None = None,
@@ -87,6 +90,7 @@ class RagDataModule(L.LightningDataModule):
         super().__init__()
         self.passages = passages
         self.paths = {"train": train, "validation": validation, "test": test}
+        self.answers_from = answers_from
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.limit_validation = limit_validation
@@ -145,7 +149,10 @@ class RagDataModule(L.LightningDataModule):
         wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         for split, path in self.paths.items():
             if split not in self.questions and path is not None and (split in wanted.get(stage, ()) or stage == "fit"):
-                self.questions[split] = read_questions(path, corpus=self._corpus)
+                questions = read_questions(path, corpus=self._corpus)
+                if split == "train" and self.answers_from is not None:
+                    questions = with_answers(questions, self.answers_from)
+                self.questions[split] = questions
         if self._retrieves and model.settings.num_passages > len(self.corpus):
             raise ConfigError(
                 f"num_passages: expected at most the {len(self.corpus)} passages of {self.corpus.source}, "

@@ -18,7 +18,15 @@ from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer,
 from rag_lightning.rag import RagModel
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.examples import RETRIEVED_FOR
-from rag_lightning.training.objectives import Contrastive, MarginalObjective, Objective, Outcome, Sources
+from rag_lightning.training.objectives import (
+    Contrastive,
+    KnowledgeDistillation,
+    MarginalObjective,
+    Objective,
+    Outcome,
+    PolicyGradient,
+    Sources,
+)
 from rag_lightning.training.objectives.base import Attaching
 from rag_lightning.training.objectives.marginal import RETRIEVER
 from rag_lightning.training.optim import (
@@ -77,7 +85,6 @@ class RagLightningModule(L.LightningModule):
         self.trained = optim.trained_parts(wanted) if learns else ()
         if learns:
             check_teaches(model, objective, self.trained)
-        if learns:
             freeze_all_but(model, self.trained)
         if learns and isinstance(objective, Attaching):
             objective.attach(model, self.trained)
@@ -318,6 +325,7 @@ def check_teaches(model: RagModel, objective: Objective, trained: Sequence[str])
     Raises:
         ConfigError: Names the losses; or what else would not learn.
     """
+    objective = taught_by(objective)
     if model.null_passage is not None and isinstance(objective, Contrastive):
         raise ConfigError(
             "model.null_passage: the contrastive objective compares given passages and never weighs it: it would "
@@ -328,6 +336,15 @@ def check_teaches(model: RagModel, objective: Objective, trained: Sequence[str])
             f"retriever_loss: {', '.join(objective.retriever_losses)} would teach nothing, as no part of the retriever "
             "learns. Set optim.train_query_encoder=true, or leave retriever_loss out."
         )
+
+
+def taught_by(objective: Objective) -> Objective:
+    """Returns the objective that a teacher or a reward stands beside, where its own loss counts; else the objective."""
+    if isinstance(objective, KnowledgeDistillation) and objective.weights["hard"] > 0:
+        return objective.objective
+    if isinstance(objective, PolicyGradient) and objective.likelihood_weight > 0:
+        return objective.objective
+    return objective
 
 
 def check_shapes(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:

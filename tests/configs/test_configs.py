@@ -37,30 +37,38 @@ from rag_lightning.corpora.passages import resolve
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError, MissingFileError
+from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.index.build import build_index
 from rag_lightning.rag_parts import RagSettings
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.objectives import KnowledgeDistillation
 from rag_lightning.training.optim import OptimSettings
 from rag_lightning.training.reindex import ReindexCallback
 from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 87
+NUM_FILES = 94
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
+    "distill/posterior": ("distill.teacher={teacher}",),
+    "distill/soft": ("distill.teacher={teacher}",),
     "encoder/dpr": ("encoder.source={dpr_query}", "encoder.passage_source={dpr_passage}"),
     "encoder/films": ("encoder.source={bert}", "encoder.tokenizer={bert}"),
     "encoder/hf": ("encoder.source={bert}",),
     "encoder/minilm": ("encoder.source={bert}",),
     "encoder/word_embeddings": ("encoder.tokenizer={tokenizer}",),
+    "experiment/films/student_answers": ("data.answers_from=F",),
+    "experiment/films/student_posterior": ("distill.teacher={teacher}",),
+    "experiment/films/student_soft": ("distill.teacher={teacher}",),
     "generator/bart_base": ("generator.source={bart}",),
     "generator/bart_large": ("generator.source={bart}",),
     "generator/bart_tiny": ("generator.tokenizer={tokenizer}",),
     "generator/causal_hf": ("generator.source={llama}",),
     "generator/films": ("generator.source={bart}", "generator.tokenizer={tokenizer}"),
+    "generator/films_small": ("generator.source={two_layers}", "generator.tokenizer={two_layers}"),
     "generator/hf": ("generator.source={bart}",),
     "generator/llama_tiny": ("generator.tokenizer={tokenizer}",),
     "generator/minilm2minilm": ("generator.encoder={bert}", "generator.decoder={bert}"),
@@ -104,7 +112,9 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_generator: Any) -> dict[str, Path]:
+def sources(
+    tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_generator: Any, tiny_model: Any
+) -> dict[str, Path]:
     """Tiny saved models of the types that the configurations name."""
     root = tmp_path_factory.mktemp("sources")
     tokenizer = bert_tokenizer()
@@ -127,6 +137,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any, tiny_gene
     llama = AutoConfig.for_model("llama", **narrow, num_key_value_heads=2, vocab_size=len(bart.tokenizer))
     AutoModelForCausalLM.from_config(llama).save_pretrained(root / "llama")
     bart.tokenizer.save_pretrained(root / "llama")
+    tiny_model().save_pretrained(root / "teacher")
+    two = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    two |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 80}
+    Seq2SeqGenerator.from_config(model_type="bart", settings=two, tokenizer=str(tiny_world.tokenizer)).save(
+        root / "two_layers"
+    )
     return {path.name: path for path in root.iterdir()} | {"tokenizer": tiny_world.tokenizer}
 
 
@@ -349,6 +365,10 @@ def check_experiment(name: str, compose: Compose, tiny_overrides: Any) -> None:
     assert config.run_name == name.replace("/", "_")
     if "closed_book" in name:
         assert module.model.encoder is None
+    if name in ("films/student_soft", "films/student_posterior"):
+        assert isinstance(module.objective, KnowledgeDistillation)
+    if name == "films/student_posterior":
+        assert module.trained == ("query_encoder",)
 
 
 def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
@@ -376,6 +396,7 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
             "callbacks",
             "debug",
             "decoding",
+            "distill",
             "encoder",
             "generator",
             "peft",

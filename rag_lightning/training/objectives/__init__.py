@@ -8,6 +8,7 @@ from rag_lightning.training.objectives.base import Objective, Outcome, Sources
 from rag_lightning.training.objectives.closed_book import ClosedBook
 from rag_lightning.training.objectives.contrastive import Contrastive
 from rag_lightning.training.objectives.denoising import Denoising
+from rag_lightning.training.objectives.knowledge import KnowledgeDistillation
 from rag_lightning.training.objectives.marginal import MarginalObjective
 from rag_lightning.training.objectives.policy_gradient import PolicyGradient
 from rag_lightning.training.objectives.retriever_losses import (
@@ -18,6 +19,7 @@ from rag_lightning.training.objectives.retriever_losses import (
     LeaveOneOut,
     PerplexityDistillation,
 )
+from rag_lightning.training.objectives.teacher import Teacher
 
 __all__ = [
     "AttentionDistillation",
@@ -27,6 +29,7 @@ __all__ = [
     "Denoising",
     "Emdr2",
     "InBatchContrastive",
+    "KnowledgeDistillation",
     "LeaveOneOut",
     "MarginalObjective",
     "Objective",
@@ -34,4 +37,5 @@ __all__ = [
     "PerplexityDistillation",
     "PolicyGradient",
     "Sources",
+    "Teacher",
 ]

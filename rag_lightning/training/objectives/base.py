@@ -21,7 +21,7 @@ Reads = Literal["retrieved", "own", "nothing"]
 
 @dataclass(frozen=True)
 class Sources:
-    """What the data module lends to a step.
+    """What a step is lent, and asked to keep.
 
     Attributes:
         assembler: Joins passages and questions.
@@ -29,6 +29,7 @@ class Sources:
         reencode: Encoder tokens of passage numbers, when the passage tower learns; else None.
         teaching: False in validation and test, where nobody reads the terms that only teach: they are left out.
         step: Optimiser steps so far, for what is scheduled or drawn.
+        keep_logits: Leave the generator's logits in the outcome's marginal, for whoever compares whole distributions.
     """
 
     assembler: ContextAssembler
@@ -36,6 +37,7 @@ class Sources:
     reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None
     teaching: bool = True
     step: int = 0
+    keep_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Outcome(TensorRecord):
         marginal: For objectives that read.
         hits: For objectives that retrieve.
         encoded: The contexts, for decoding without encoding them again.
-        doc_scores_BK: Their similarities.
+        doc_scores_BK: Their similarities, with gradient to what retrieves, whether or not the loss has one.
         terms: What the loss is the sum of, by name and without weights, where it has several terms.
     """
 
@@ -106,6 +108,7 @@ def read(
     hits: Hits | None = None,
     read_alone: bool = False,
     alone: EncodedContexts | None = None,
+    keep_logits: bool = False,
 ) -> Outcome:
     """Returns the marginal loss of a batch's targets given its contexts, smoothed in training only.
 
@@ -121,6 +124,7 @@ def read(
         hf_compat=hf_compat,
         read_alone=read_alone or not model.training,
         alone=alone,
+        keep_logits=keep_logits,
     )
     return Outcome(marginal.nll_B, marginal.num_tokens_B, marginal, hits, encoded, doc_scores_BK)
 

@@ -30,4 +30,6 @@ class ClosedBook:
         """Returns ``-log p(y | x)`` without passages."""
         contexts = sources.assembler.without_passage(batch.prompt)
         scores_B1 = torch.zeros(len(batch.questions), 1, device=batch.labels.device)
-        return read(model, contexts, scores_B1, batch, "rag_token", self.label_smoothing)
+        return read(
+            model, contexts, scores_B1, batch, "rag_token", self.label_smoothing, keep_logits=sources.keep_logits
+        )

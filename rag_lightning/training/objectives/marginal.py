@@ -130,7 +130,9 @@ class MarginalObjective:
                 hits,
                 read_alone=bool(losses),
                 alone=alone,
+                keep_logits=sources.keep_logits,
             )
+        outcome = replace(outcome, doc_scores_BK=scores_BK)
         if not losses and self.marginal_weight == 1.0:
             return outcome
         assert outcome.marginal is not None
