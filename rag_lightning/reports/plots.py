@@ -1,7 +1,7 @@
 """Curves of a swept setting, and heat maps of answers; the only module that imports matplotlib (extra: plots)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ PICTURES = (".png", ".svg", ".pdf")
 def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path: Path) -> None:
     """Draws one line for each metric over the values of a setting, with a bar of one standard deviation.
 
+    Values that are no numbers have no distance from each other: they stand below each other, a bar for each metric.
+
     Args:
         curves: For each metric, its spread at each value of the setting, values in order.
         setting: Written under the axis.
@@ -24,6 +26,10 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    values = list(dict.fromkeys(value for points in curves.values() for value in points))
+    if not any(_is_number(value) for value in values):
+        _plot_bars(curves, values, setting=setting, path=path)
+        return
     figure = _figure(6, 4, "drawing a curve")
     axes = figure.subplots()
     for metric, points in curves.items():
@@ -35,6 +41,33 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _plot_bars(curves: Mapping[str, Mapping[str, Spread]], values: Sequence[str], *, setting: str, path: Path) -> None:
+    figure = _figure(7, 1 + 0.22 * len(values) * (len(curves) + 1), "drawing bars")
+    axes = figure.subplots()
+    thickness = 0.8 / len(curves)
+    for number, (metric, points) in enumerate(curves.items()):
+        places = [values.index(value) + (number - (len(curves) - 1) / 2) * thickness for value in points]
+        means = [100 * point.mean for point in points.values()]
+        bars = [0.0 if math.isnan(point.sd) else 100 * point.sd for point in points.values()]
+        axes.barh(places, means, height=thickness, xerr=bars, label=metric, error_kw={"elinewidth": 1, "capsize": 2})
+    axes.set_yticks(range(len(values)), list(values), parse_math=False)
+    axes.invert_yaxis()
+    axes.set_ylabel(setting)
+    axes.set_xlabel("%")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves))
+    figure.savefig(path, dpi=150)
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
