@@ -190,7 +190,7 @@ class KnowledgeDistillation:
 
     def __call__(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the objective's outcome, in training with what the teacher adds to its loss."""
-        if not model.training:
+        if not sources.teaching:
             return self.objective(model, batch, sources)
         outcome = self.objective(model, batch, replace(sources, keep_logits=self.weights["soft"] > 0))
         terms = {**outcome.terms, "hard": outcome.loss_B}

@@ -190,7 +190,7 @@ class PolicyGradient(nn.Module):
     def forward(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the objective's outcome, in training with what the reward adds to its loss."""
         alpha = self.alpha_at(sources.step)
-        if not model.training or (alpha == 0 and self.likelihood_weight > 0):
+        if not sources.teaching or (alpha == 0 and self.likelihood_weight > 0):
             return self.objective(model, batch, sources)
         with nullcontext() if self.likelihood_weight > 0 else torch.no_grad():
             outcome = self.objective(model, batch, sources)
