@@ -199,6 +199,20 @@ def test_evaluate_takes_other_questions_decoding_and_k(
     assert {len(row["passages"]) for row in rows} == {2}
 
 
+def test_evaluate_samples_alike_with_the_same_seed(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    written = []
+    for name in ("a", "b"):
+        settings = ["decoding.sample=true", "decoding.num_return=3", "decoding.top_p=0.9", "data.eval_batch_size=2"]
+        cli("evaluate", tmp_path / name, f"checkpoint={run_dir}", *settings, "trainer.enable_progress_bar=false")
+        written.append(lines_of(tmp_path / name / "predictions.jsonl"))
+    assert written[0] == written[1]
+    for row in written[0]:
+        assert row["alternatives"][0]["answer"] == row["answer"]
+        likelihoods = [one["log_likelihood"] for one in row["alternatives"]]
+        assert likelihoods == sorted(likelihoods, reverse=True)
+    assert max(len(row["alternatives"]) for row in written[0]) == 3
+
+
 def test_predict_a_question_shows_passages_and_probabilities(
     run_dir: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
