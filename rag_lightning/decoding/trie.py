@@ -133,7 +133,7 @@ class TokenTrie(TensorRecord):
         for tokens_N in prefixes_NT.unbind(dim=1):
             keys_N = nodes_N * self.vocab_size + tokens_N
             places_N = torch.searchsorted(self.edges_E, keys_N).clamp(max=len(self.edges_E) - 1)
-            found_N = (self.edges_E[places_N] == keys_N) & (nodes_N >= 0)
+            found_N = self.edges_E[places_N] == keys_N  # below node -1 keys are negative, and never found
             nodes_N = torch.where(found_N, places_N + 1, -1)
         return nodes_N
 
