@@ -6,8 +6,8 @@ where the set of answers is known: entities, labels, titles.
 
 The trie is one sorted array of edges, ``parent * V + token``. Nodes are numbered breadth first in the order of their
 edges, so that edge e leads to node ``e + 1`` and the children of a node lie side by side. Looking up a prefix of T
-tokens is T binary searches for all rows at once, and marking the next tokens costs their number; nothing has to be kept
-or reordered with the beams. Millions of answers take tens of megabytes.
+tokens is T binary searches for all rows at once, and marking the next tokens costs their number, once for each prefix;
+nothing has to be kept or reordered with the beams. Millions of answers take tens of megabytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,25 +117,25 @@ class TokenTrie(TensorRecord):
                 f"expected a trie of the generator's vocabulary of {vocab_size} tokens, came one of {self.vocab_size}: "
                 "build it with the tokenizer of this generator"
             )
-        first_N, end_N = self._children(prefixes_NT)
-        count_N = end_N - first_N
-        rows_C = torch.arange(len(count_N), device=count_N.device).repeat_interleave(count_N)
-        offsets_C = torch.arange(len(rows_C), device=rows_C.device) - (count_N.cumsum(dim=0) - count_N)[rows_C]
-        allowed_NV = torch.zeros(len(count_N), vocab_size, dtype=torch.bool, device=prefixes_NT.device)
-        allowed_NV[rows_C, self.edges_E[first_N[rows_C] + offsets_C] % vocab_size] = True
-        return allowed_NV
+        nodes_U, inverse_N = torch.unique(self._nodes(prefixes_NT), return_inverse=True)  # beams share their prefixes
+        first_U = torch.searchsorted(self.edges_E, nodes_U * vocab_size)
+        end_U = torch.searchsorted(self.edges_E, (nodes_U + 1) * vocab_size)
+        count_U = torch.where(nodes_U >= 0, end_U - first_U, 0)
+        rows_C = torch.arange(len(nodes_U), device=nodes_U.device).repeat_interleave(count_U)
+        offsets_C = torch.arange(len(rows_C), device=rows_C.device) - (count_U.cumsum(dim=0) - count_U)[rows_C]
+        allowed_UV = torch.zeros(len(nodes_U), vocab_size, dtype=torch.bool, device=nodes_U.device)
+        allowed_UV[rows_C, self.edges_E[first_U[rows_C] + offsets_C] % vocab_size] = True
+        return allowed_UV[inverse_N]
 
-    def _children(self, prefixes_NT: Int[Tensor, "N T"]) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-        """Returns where the edges below each prefix begin and end."""
+    def _nodes(self, prefixes_NT: Int[Tensor, "N T"]) -> Int[Tensor, "N"]:
+        """Returns the node that each prefix leads to; -1 where it leads out of the trie."""
         nodes_N = torch.zeros_like(prefixes_NT[:, 0])
         for tokens_N in prefixes_NT.unbind(dim=1):
             keys_N = nodes_N * self.vocab_size + tokens_N
             places_N = torch.searchsorted(self.edges_E, keys_N).clamp(max=len(self.edges_E) - 1)
-            found_N = (self.edges_E[places_N] == keys_N) & (nodes_N >= 0)
+            found_N = self.edges_E[places_N] == keys_N  # below node -1 keys are negative, and never found
             nodes_N = torch.where(found_N, places_N + 1, -1)
-        first_N = torch.searchsorted(self.edges_E, nodes_N * self.vocab_size)
-        end_N = torch.searchsorted(self.edges_E, (nodes_N + 1) * self.vocab_size)
-        return first_N, torch.where(nodes_N >= 0, end_N, first_N)
+        return nodes_N
 
 
 def read_allowed(path: Path) -> list[str]:

@@ -93,19 +93,21 @@ def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
             f"{prediction.answer!r} without. Answer with token_posteriors=True, and a model that retrieves."
         )
     num_tokens, num_passages = len(posteriors.tokens), len(posteriors.probabilities)
-    figure = _figure(5 + 0.5 * num_tokens, 1.7 + 0.35 * num_passages, "drawing a heat map")
+    width = 5 + 0.5 * num_tokens
+    figure = _figure(width, 2.2 + 0.35 * num_passages, "drawing a heat map")
     axes = figure.subplots()
     image = axes.imshow(posteriors.probabilities, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
     titles = [
         f"{shortened(passage.title or passage.id)}  ({passage.probability:.2f})" for passage in prediction.passages
     ]
     # names are no formulas: a dollar sign stands for itself
-    axes.set_xticks(range(num_tokens), [token.strip() or repr(token) for token in posteriors.tokens], parse_math=False)
-    axes.tick_params(axis="x", labelrotation=45 if num_tokens > 4 else 0)
+    tokens = [token.strip() or repr(token) for token in posteriors.tokens]
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if num_tokens > 4 else {}
+    axes.set_xticks(range(num_tokens), tokens, parse_math=False, **slant)
     axes.set_yticks(range(num_passages), titles, parse_math=False)
-    axes.set_ylabel("passage z  (p(z | x))")
-    axes.set_title(shortened(prediction.question, 20 + 8 * num_tokens), fontsize="medium", parse_math=False)
-    figure.colorbar(image, ax=axes, label="p(z | x, y≤t)")
+    axes.set_ylabel(r"passage $z$  (prior $p(z \mid x)$)")
+    figure.suptitle(shortened(prediction.question, int(10 * width)), fontsize="medium", parse_math=False)
+    figure.colorbar(image, ax=axes, label=r"$p(z \mid x, y_{\leq t})$")
     figure.savefig(path, dpi=150)
 
 

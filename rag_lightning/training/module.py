@@ -98,6 +98,7 @@ class RagLightningModule(L.LightningModule):
         self.diagnostics: DiagnosticMetrics | None = None
         self.predictions: list[Prediction] = []
         self._nll_and_count = torch.zeros(2, dtype=torch.float64)
+        self._rng: torch.Generator | None = None  # one stream of sampled answers through all batches
         self.train()  # pretrained parts come in evaluation mode, and Lightning leaves modes as they are
 
     # ------------------------------------------------------------------ training
@@ -206,6 +207,7 @@ class RagLightningModule(L.LightningModule):
         return self.metrics[name]
 
     def _start_evaluation(self) -> None:
+        self._rng = torch.Generator(self.device).manual_seed(self.model.decoding_options.seed)
         self.predictions = []
         self._nll_and_count = torch.zeros(2, dtype=torch.float64)
         for name in self.metrics:
@@ -267,7 +269,7 @@ class RagLightningModule(L.LightningModule):
         assert outcome.encoded is not None
         assert outcome.doc_scores_BK is not None
         decoding: DecodingMode | None = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
-        decoded = self.model.decode(outcome.encoded, outcome.doc_scores_BK, decoding=decoding)
+        decoded = self.model.decode(outcome.encoded, outcome.doc_scores_BK, decoding=decoding, rng=self._rng)
         predictions = self.model.predictions(
             batch.questions, decoded, outcome.encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
         )

@@ -199,6 +199,20 @@ def test_evaluate_takes_other_questions_decoding_and_k(
     assert {len(row["passages"]) for row in rows} == {2}
 
 
+def test_evaluate_samples_alike_with_the_same_seed(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    written = []
+    for name in ("a", "b"):
+        settings = ["decoding.sample=true", "decoding.num_return=3", "decoding.top_p=0.9", "data.eval_batch_size=2"]
+        cli("evaluate", tmp_path / name, f"checkpoint={run_dir}", *settings, "trainer.enable_progress_bar=false")
+        written.append(lines_of(tmp_path / name / "predictions.jsonl"))
+    assert written[0] == written[1]
+    for row in written[0]:
+        assert row["alternatives"][0]["answer"] == row["answer"]
+        likelihoods = [one["log_likelihood"] for one in row["alternatives"]]
+        assert likelihoods == sorted(likelihoods, reverse=True)
+    assert max(len(row["alternatives"]) for row in written[0]) == 3
+
+
 def test_predict_a_question_shows_passages_and_probabilities(
     run_dir: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +232,40 @@ def test_predict_a_file_of_questions(run_dir: Path, cli: Cli, tiny_world: Any, t
     rows = lines_of(output)
     expected = lines_of(run_dir / "predictions.jsonl")[:4]
     assert [(row["id"], row["answer"]) for row in rows] == [(row["id"], row["answer"]) for row in expected]
+
+
+def test_predict_writes_the_n_best_of_allowed_answers(run_dir: Path, cli: Cli, tiny_world: Any, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("Ada Ash\nEve Cedar\nCleo\n", encoding="utf-8")
+    output = tmp_path / "answers.jsonl"
+    settings = ["decoding.num_beams=3", "decoding.num_return=3", f"decoding.allowed={tmp_path / 'names.txt'}"]
+    files = [f"questions={tiny_world.test}", f"output={output}", "batch_size=2"]
+    cli("predict", tmp_path, f"checkpoint={run_dir}", *files, *settings)
+    for row in lines_of(output):
+        assert {one["answer"] for one in row["alternatives"]} == {"ada ash", "eve cedar", "cleo"}
+        assert row["alternatives"][0] == {"answer": row["answer"], "log_likelihood": row["log_likelihood"]}
+
+
+def test_predict_draws_answers_of_each_question_anew(
+    run_dir: Path, cli: Cli, tiny_world: Any, tmp_path: Path, json_lines: Any
+) -> None:
+    same = [{"id": str(number), "question": "who made Amber", "answers": ["x"]} for number in range(4)]
+    files = [f"questions={json_lines(tmp_path / 'same.jsonl', same)}", "batch_size=1"]
+    drawn = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        output = tmp_path / f"{name}.jsonl"
+        settings = ["decoding.sample=true", f"decoding.seed={seed}", f"output={output}"]
+        cli("predict", tmp_path, f"checkpoint={run_dir}", *files, *settings)
+        drawn.append([row["answer"] for row in lines_of(output)])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) > 1
+
+
+def test_predict_draws_a_heat_map(run_dir: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    settings = [f"heatmap={tmp_path / 'heat.png'}", "decoding.num_beams=2", "decoding.num_return=2"]
+    cli("predict", tmp_path, f"checkpoint={run_dir}", "question=who made Amber", *settings)
+    assert (tmp_path / "heat.png").read_bytes()[:4] == b"\x89PNG"
+    assert "      or: " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- index
@@ -303,6 +351,36 @@ def test_a_bad_line_is_named(
     message = refusal(cli, tmp_path / "run", "train", *tiny_train, f"data.{field}={file}")
     assert str(file) in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("decoding.temperature=0",), "decoding option temperature: expected a number > 0"),
+        (("decoding.sample=true", "decoding.num_beams=4"), "decoding options sample and num_beams exclude each other"),
+        (("decoding.allowed=none.txt",), "decoding.allowed: no such file"),
+        (("heatmap=heat.gif",), "picture: expected a file ending in .png, .svg, .pdf, got 'heat.gif'"),
+    ],
+)
+def test_decoding_that_cannot_be_is_refused(
+    settings: tuple[str, ...], expected: str, run_dir: Path, cli: Cli, tmp_path: Path
+) -> None:
+    message = refusal(cli, tmp_path, "predict", f"checkpoint={run_dir}", "question=who made Amber", *settings)
+    assert expected in message
+
+
+def test_a_heat_map_of_many_questions_is_refused(run_dir: Path, cli: Cli, tiny_world: Any, tmp_path: Path) -> None:
+    settings = [f"questions={tiny_world.test}", "heatmap=heat.png"]
+    message = refusal(cli, tmp_path, "predict", f"checkpoint={run_dir}", *settings)
+    assert "heatmap draws one answer: expected question=" in message
+
+
+def test_an_allowed_answer_that_cannot_be_tokenised_is_named(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("Ada Ash\n\N{SNOWMAN}\n", encoding="utf-8")
+    settings = ["question=who made Amber", f"decoding.allowed={names}"]
+    message = refusal(cli, tmp_path, "predict", f"checkpoint={run_dir}", *settings)
+    assert f"{names}, line 2: expected an answer that the generator's tokenizer knows, came '\N{SNOWMAN}'" in message
 
 
 def test_k_beyond_the_corpus_is_refused(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rag_lightning.losses.marginal import (
     doc_log_prior,
     rag_sequence_log_likelihood,
     rag_token_log_likelihood,
+    token_posteriors,
 )
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import RagSettings
@@ -635,3 +636,143 @@ def test_the_prior_of_the_settings_temperature_is_used_in_decoding(model, retrie
         expected = doc_log_prior(scores_BK[:1].detach(), temperature).exp()[0].tolist()
         assert [passage.probability for passage in prediction.passages] == pytest.approx(expected, abs=1e-4)
     assert hits.snapshot_id == retriever.snapshot_id
+
+
+# ---------------------------------------------------------------------- n best, samples, rules, token-wise posteriors
+
+EVERY_DECODING = ["rag_token", "rag_sequence_fast", "rag_sequence_thorough", "fid"]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("decoding", EVERY_DECODING)
+def test_the_n_best_come_with_the_answer_and_the_likelihood_of_the_model(model, retriever, decoding, sampled):
+    model.settings = replace(model.settings, objective="rag_token" if decoding == "rag_token" else "rag_sequence")
+    if decoding == "fid":
+        model.settings = replace(model.settings, objective="fid")
+    options = DecodingOptions(num_return=4, max_new_tokens=4, num_beams=1 if sampled else 4, sample=sampled)
+    predictions = model.generate(QUESTIONS, retriever=retriever, decoding=decoding, options=options)
+    hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, retriever)
+    batch = batch_of(model, retriever, hits, scores_BK)
+    rng = torch.Generator().manual_seed(options.seed)
+    encoded = model.generator.encode(batch.contexts)
+    decoded = model.decode(encoded, scores_BK, decoding=decoding, options=options, rng=rng)
+    marginal = model.marginal(replace(batch, labels=decoded.nbest_BRT[:, 1]), encoded=encoded)
+    for row, prediction in enumerate(predictions):
+        assert (prediction.answer, prediction.log_likelihood) == (
+            prediction.alternatives[0].answer,
+            prediction.alternatives[0].log_likelihood,
+        )
+        assert 2 <= len(prediction.alternatives) <= 4
+        true = marginal.log_likelihood_B[row].item()
+        if decoding == "rag_sequence_fast" and not sampled:
+            assert prediction.alternatives[1].log_likelihood <= true + 1e-4
+        else:
+            assert prediction.alternatives[1].log_likelihood == pytest.approx(true, abs=1e-4)
+    plain = model.generate(QUESTIONS[:1], retriever=retriever, decoding=decoding)
+    assert plain[0].alternatives == ()
+    assert plain[0].token_posteriors is None
+
+
+@pytest.mark.parametrize("decoding", EVERY_DECODING)
+def test_token_posteriors_are_those_of_the_answers_tokens(model, retriever, decoding):
+    predictions = model.generate(QUESTIONS, retriever=retriever, decoding=decoding, token_posteriors=True)
+    hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, retriever)
+    encoded = model.generator.encode(batch_of(model, retriever, hits, scores_BK).contexts)
+    decoded = model.decode(encoded, scores_BK, decoding=decoding)
+    scored = model.generator.score(encoded, decoded.sequences_BT, 3)
+    expected_BKT = token_posteriors(
+        scored.token_log_probs_BKT,
+        doc_log_prior(scores_BK, model.settings.temperature),
+        scored.target_mask_BT,
+        "rag_token" if decoding == "rag_token" else "rag_sequence",
+    )
+    for row, prediction in enumerate(predictions):
+        found = prediction.token_posteriors
+        ids = [token for token in decoded.sequences_BT[row, 1:].tolist() if token != model.generator.pad_token_id]
+        assert list(found.tokens) == [model.generator.tokenizer.decode([token]) for token in ids]
+        torch.testing.assert_close(
+            torch.tensor(found.probabilities), expected_BKT[row, :, : len(ids)].detach(), atol=1e-4, rtol=1e-4
+        )
+        if decoding != "rag_token":
+            last = [row[-1] for row in found.probabilities]
+            assert last == pytest.approx([passage.posterior for passage in prediction.passages], abs=1e-4)
+
+
+def test_a_closed_book_model_has_no_passages_to_tell_apart(tiny_model):
+    (prediction,) = tiny_model(num_passages=0).generate(["who made Amber"], token_posteriors=True)
+    assert prediction.token_posteriors is None
+
+
+def test_samples_repeat_by_their_seed_and_batches_share_one_stream(model, retriever):
+    def drawn(seed=0, **settings):
+        options = DecodingOptions(sample=True, seed=seed, num_return=3, max_new_tokens=6)
+        same = [QUESTIONS[0]] * 4
+        found = model.generate(same, retriever=retriever, options=options, **settings)
+        return [[one.answer for one in prediction.alternatives] for prediction in found]
+
+    assert drawn() == drawn()
+    assert drawn() != drawn(seed=1)
+    by_one = drawn(batch_size=1)
+    assert len({tuple(answers) for answers in by_one}) > 1, "each batch once began the same random numbers again"
+    assert drawn(rng=torch.Generator().manual_seed(1)) == drawn(seed=1)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("decoding", EVERY_DECODING)
+def test_only_allowed_answers_are_given(model, retriever, tmp_path, decoding, sampled):
+    names = ["ada ash", "ada birch", "eve cedar", "finn"]
+    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    options = DecodingOptions(
+        allowed=str(tmp_path / "names.txt"),
+        max_new_tokens=6,
+        sample=sampled,
+        num_beams=1 if sampled else 4,
+        num_return=30 if sampled else 4,
+    )
+    predictions = model.generate(QUESTIONS, retriever=retriever, decoding=decoding, options=options)
+    for prediction in predictions:
+        answers = [alternative.answer for alternative in prediction.alternatives]
+        assert set(answers) <= set(names)
+        assert len(answers) == len(set(answers)) >= (1 if sampled else 4)
+    if decoding == "rag_token" and not sampled:
+        hits, scores_BK = model.retrieve(model.query_tokens(QUESTIONS), QUESTIONS, retriever)
+        marginals = [
+            model.marginal(batch_of(model, retriever, hits, scores_BK, answers=[name] * 3), objective="rag_token")
+            for name in names
+        ]
+        for row, prediction in enumerate(predictions):
+            true = {name: m.log_likelihood_B[row].item() for name, m in zip(names, marginals, strict=True)}
+            found = {one.answer: one.log_likelihood for one in prediction.alternatives}
+            assert found == pytest.approx(true, abs=1e-4)
+
+
+def test_an_answer_is_cut_before_a_stop_string(model, retriever):
+    free = model.generate(QUESTIONS, retriever=retriever)
+    words = free[0].answer.split()
+    assert len(words) > 1, "the case must have an answer to cut"
+    stop = f" {words[1][:2]}"  # the beginning of a word
+    options = replace(model.decoding_options, stop=(stop,))
+    cut = model.generate(QUESTIONS, retriever=retriever, options=options)
+    assert cut[0].answer == words[0]
+    assert cut[0].log_likelihood > free[0].log_likelihood, "what would have come after the stop string is not scored"
+    assert all(stop not in prediction.answer for prediction in cut)
+
+
+@pytest.mark.parametrize("build", [bart_model, t5_model, bert_pair_model])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_every_family_of_generators_writes_allowed_answers(build, sampled, tmp_path):
+    names = ["ada ash", "eve"]
+    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    options = DecodingOptions(
+        allowed=str(tmp_path / "names.txt"), sample=sampled, num_beams=1 if sampled else 2, max_new_tokens=10
+    )
+    (prediction,) = build().eval().generate(["ada"], options=replace(options, num_return=2))
+    assert {one.answer for one in prediction.alternatives} <= set(names)
+    assert prediction.answer in names
+
+
+def test_rules_need_a_tokenizer(model):
+    model.generator.tokenizer = None
+    with pytest.raises(ConfigError, match="this model has no generator tokenizer"):
+        model.output_rules(DecodingOptions(stop=(".",)))
+    assert model.output_rules(DecodingOptions()).stops is None

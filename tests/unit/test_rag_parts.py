@@ -83,7 +83,7 @@ def test_a_saved_model_comes_back_the_same(model, corpus, tmp_path):
     model.settings = replace(
         model.settings, objective="rag_sequence", decoding="rag_sequence_fast", temperature=0.3, hf_compat=True
     )
-    model.decoding_options = DecodingOptions(num_beams=2, max_new_tokens=5, length_penalty=0.5)
+    model.decoding_options = DecodingOptions(num_beams=2, max_new_tokens=5, length_penalty=0.5, stop=(" or", "?"))
     model.prompt = Prompt(passage_template="{title}: {text}", question_template=" ? {question}", max_passage_tokens=30)
     model.save_pretrained(tmp_path / "model")
     again = RagModel.from_pretrained(tmp_path / "model")
@@ -214,6 +214,8 @@ def test_a_model_saved_before_there_were_other_retrievers_still_answers(run):
     config = json.loads(file.read_text())
     config["format_version"] = 1
     del config["fusion"], config["retriever"]["settings"], config["retriever"]["bm25"]
+    for name in ("sample", "temperature", "top_k", "top_p", "seed", "num_return", "stop", "allowed"):
+        del config["decoding_options"][name]
     file.write_text(json.dumps(config))
     assert RagModel.from_pretrained(folder / "model").generate(QUESTIONS) == answers
 

@@ -8,7 +8,7 @@ from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.questions import read_questions, write_predictions
 from rag_lightning.errors import DataError, MissingFileError
 from rag_lightning.text.normalise import contains_answer
-from rag_lightning.types import Passage, Prediction, Question, RetrievedPassage
+from rag_lightning.types import Alternative, Passage, Prediction, Question, RetrievedPassage, TokenPosteriors
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 with_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not there")
@@ -140,6 +140,18 @@ def test_predictions_are_written_as_designed(tmp_path):
             ],
         }
     ]
+
+
+def test_what_was_asked_for_is_written_too(tmp_path):
+    best = (Alternative("a", -1.0), Alternative("b", -2.0))
+    by_token = TokenPosteriors(("a", "</s>"), ((0.25, 1.0), (0.75, 0.0)))
+    write_predictions(tmp_path / "p.jsonl", [Prediction("q", "?", "a", -1.0, (), best, by_token)])
+    written = json.loads((tmp_path / "p.jsonl").read_text())
+    assert written["alternatives"] == [
+        {"answer": "a", "log_likelihood": -1.0},
+        {"answer": "b", "log_likelihood": -2.0},
+    ]
+    assert written["token_posteriors"] == {"tokens": ["a", "</s>"], "probabilities": [[0.25, 1.0], [0.75, 0.0]]}
 
 
 def test_a_failure_keeps_the_old_predictions(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rag_lightning.decoding.beam import beam_search
-from rag_lightning.decoding.options import DecodingOptions, trimmed
+from rag_lightning.decoding.options import DecodingOptions
 from tests.unit.decoding.table_generator import EOS, TableGenerator, answer, random_prior
 
 MAX_TOKENS = 4
@@ -102,7 +102,3 @@ def test_nothing_allowed_gives_a_bare_start_token_and_no_likelihood():
     found = beam_search(generator, generator.contexts, torch.zeros(1, 1), DecodingOptions(max_new_tokens=2))
     assert answer(found.sequences_SRT[0, 0]) == ()
     assert found.log_probs_SR.tolist() == [[-torch.inf]]
-
-
-def test_trimming_keeps_two_columns():
-    assert trimmed(torch.tensor([[1, 0, 0]]), pad_token_id=0).tolist() == [[1, 0]]

@@ -12,6 +12,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from rag_lightning.decoding.constraints import OutputRules
 from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.rag_token import decode_rag_token
 from rag_lightning.decoding.sampling import decoded_samples, draw, sample, truncated
 from rag_lightning.errors import ConfigError
 from rag_lightning.losses.marginal import rag_sequence_log_likelihood, rag_token_log_likelihood
@@ -178,6 +179,19 @@ def test_a_missing_passage_is_never_drawn(mode):
     drawn = sample(generator, generator.contexts, prior, options, mode=mode, num_samples=200, rng=rng())
     assert 5 not in drawn.sequences_BST
     assert drawn.log_likelihood_BS.isfinite().all()
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
+def test_where_only_the_likeliest_token_is_left_sampling_is_greedy_search(cut):
+    generator = TableGenerator.random(num_contexts=6, vocab_size=6, max_tokens=5, seed=9)
+    prior = random_prior(2, 3, 9)
+    greedy = decode_rag_token(generator, generator.contexts, prior, DecodingOptions(max_new_tokens=5))
+    options = DecodingOptions(sample=True, max_new_tokens=5, **cut)
+    drawn = sample(generator, generator.contexts, prior, options, mode="rag_token", num_samples=2, rng=rng())
+    for number in range(2):
+        assert [answer(row) for row in drawn.sequences_BST[:, number]] == [answer(row) for row in greedy.sequences_BT]
+        torch.testing.assert_close(drawn.log_likelihood_BS[:, number], greedy.log_likelihood_B)
+    torch.testing.assert_close(drawn.sampled_log_prob_BS, torch.zeros_like(drawn.sampled_log_prob_BS))
 
 
 def test_the_seed_decides_and_questions_and_samples_differ():

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import math
 
@@ -11,11 +12,17 @@ from rag_lightning.losses.marginal import (
     rag_sequence_log_likelihood,
     rag_token_log_likelihood,
     smoothing_penalty,
+    token_posteriors,
 )
 from tests.unit.losses import naive_marginal
 
 MARGINALS = (rag_sequence_log_likelihood, rag_token_log_likelihood)
-OF_SHAPES = (*MARGINALS, passage_log_posterior)
+OF_SHAPES = (
+    *MARGINALS,
+    passage_log_posterior,
+    functools.partial(inspect.unwrap(token_posteriors), kind="rag_token"),
+    functools.partial(inspect.unwrap(token_posteriors), kind="rag_sequence"),
+)
 
 
 def random_case(num_examples=3, num_passages=4, length=5, seed=0, dtype=torch.float64):
@@ -214,3 +221,51 @@ def test_hf_smoothing_survives_a_missing_passage(sequence):
     found.sum().backward()
     assert torch.isfinite(logits.grad).all()
     assert torch.isfinite(scores.grad).all()
+
+
+# ---------------------------------------------------------------------- token-wise posteriors
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_token_posteriors_equal_loops_over_tokens(seed):
+    token, scores, mask = random_case(seed=seed)
+    mask[0, 1] = False
+    scores[1, 2] = -torch.inf  # a missing passage
+    prior = doc_log_prior(scores)
+    by_token = token_posteriors(token, prior, mask, "rag_token")
+    running = token_posteriors(token, prior, mask, "rag_sequence")
+    for row in range(len(token)):
+        prior_K, probs_KT = prior[row].exp().tolist(), token[row].exp().tolist()
+        for t in range(token.shape[2]):
+            only_this = [bool(mask[row, t]) and s == t for s in range(token.shape[2])]
+            until_this = [bool(mask[row, s]) and s <= t for s in range(token.shape[2])]
+            for found, scored in [(by_token, only_this), (running, until_this)]:
+                expected = naive_marginal.posterior(probs_KT, prior_K, scored)
+                assert found[row, :, t].tolist() == pytest.approx(expected, abs=1e-12)
+    assert (by_token[1, 2] == 0).all()
+    assert (running[1, 2] == 0).all()
+    torch.testing.assert_close(running[..., -1].log(), passage_log_posterior(token, prior, mask))
+
+
+@pytest.mark.parametrize("kind", ["rag_token", "rag_sequence"])
+def test_one_passage_writes_every_token(kind):
+    token, _, mask = random_case(num_passages=1)
+    assert torch.equal(token_posteriors(token, torch.zeros(3, 1), mask, kind), torch.ones_like(token))
+
+
+@pytest.mark.parametrize("kind", ["rag_token", "rag_sequence"])
+def test_a_token_that_no_passage_could_write_leaves_the_prior(kind):
+    token, scores, mask = random_case()
+    token[0, :, 1] = -torch.inf
+    token[1, 0, 0] = -torch.inf
+    prior = doc_log_prior(scores)
+    found = token_posteriors(token, prior, mask, kind)
+    torch.testing.assert_close(found[0, :, 1], prior[0].exp())
+    assert float(found[1, 0, 0]) == 0.0
+    torch.testing.assert_close(found.sum(dim=1), torch.ones_like(found[:, 0]))
+
+
+def test_an_unknown_kind_of_posterior_is_refused():
+    token, scores, mask = random_case()
+    with pytest.raises(ValueError, match="expected kind rag_token or rag_sequence, got 'fid'"):
+        inspect.unwrap(token_posteriors)(token, doc_log_prior(scores), mask, "fid")
