@@ -94,7 +94,7 @@ def sample(
         sources_NGV = (
             log_probs_MV.view(*prior_NK.shape, -1) if mode == "rag_sequence" else mixture(log_probs_MV, prior_NK)
         )
-        limited_NGV = _limited(sources_NGV, sequences_NT[:, :length], options, rules, generator.eos_token_id)
+        limited_NGV = _limited(sources_NGV, sequences_NT[:, :length], options, rules, generator)
         limited_NV = limited_NGV.take_along_dim(drawn_N1[..., None], dim=1)[:, 0]
         dead_N = open_N & limited_NV.isneginf().all(dim=1)
         open_N = open_N & ~dead_N
@@ -214,11 +214,16 @@ def _limited(
     prefixes_NT: Int[Tensor, "N T"],
     options: DecodingOptions,
     rules: OutputRules,
-    eos_token_id: int,
+    generator: Generator,
 ) -> Float[Tensor, "N G V"]:
-    """Returns what may be drawn: each source under rules, temperature and truncation."""
+    """Returns what may be drawn: each source under rules, temperature and truncation.
+
+    Padding is never drawn: no target scores it, so none has taught the model to hold it unlikely.
+    """
     prefixes_MT = prefixes_NT.repeat_interleave(sources_NGV.shape[1], dim=0)
-    allowed_MV = constrain(sources_NGV.flatten(0, 1), prefixes_MT, options, eos_token_id, rules)
+    allowed_MV = constrain(sources_NGV.flatten(0, 1), prefixes_MT, options, generator.eos_token_id, rules)
+    padding = torch.tensor([generator.pad_token_id], device=allowed_MV.device)
+    allowed_MV = allowed_MV.index_fill(1, padding, -torch.inf)
     return truncated(allowed_MV, options.temperature, options.top_k, options.top_p).view_as(sources_NGV)
 
 

@@ -374,6 +374,7 @@ def check_experiment(name: str, compose: Compose, tiny_overrides: Any) -> None:
 def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
     whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
     params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
+    params = {key: values[:1] if key == "seed" else values for key, values in params.items()}
     assert params, "a sweep names what it sweeps"
     folders = set()
     for values in itertools.product(*params.values()):
@@ -402,7 +403,9 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
             "peft",
             "logger",
             "objective",
+            "method",
             "reindex",
+            "reinforce",
             "retriever_loss",
         )
     },

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rag_lightning.index.snapshot import SnapshotStore
-from rag_lightning.training.objectives import Denoising, MarginalObjective
+from rag_lightning.training.objectives import Denoising, MarginalObjective, PolicyGradient
 
 # 13 questions in batches of 2 are 7 batches an epoch, the last of one question; two batches make an optimiser step, the
 # last of an epoch one: 4 optimiser steps an epoch.
@@ -99,6 +99,34 @@ def test_resume_equals_uninterrupted(
     assert [int(name[4:12]) for name in dict.fromkeys(whole.snapshots)] == [0, 3, 6, 9]
     assert_equal_weights(uninterrupted.weights(), resumed.weights())
     assert len(set(whole.losses)) == len(whole.losses)  # the comparison compares something
+
+
+def test_a_resumed_policy_knows_where_it_began(tiny_run, tiny_model, tmp_path):
+    """The draws are those of the step, and the divergence is counted from the start, not from the checkpoint."""
+
+    def run(**settings):
+        objective = PolicyGradient(
+            objective=MarginalObjective(kind="rag_token"),
+            policies=["retriever", "generator"],
+            reward=lambda attempt: (len(attempt.answer) % 5) / 4,
+            num_samples=2,
+            kl_weight=0.3,
+        )
+        return tiny_run(
+            model=tiny_model(dropout=0.2), objective=objective, **{**TRAINING, "schedule": None, **settings}
+        )
+
+    whole = run().fit()
+    checkpoints, index = tmp_path / "checkpoints", tmp_path / "index"
+    stopped = run(index_dir=index, callbacks=[CtrlC(batch=7), last_checkpoint(checkpoints)])
+    with pytest.raises(SystemExit):
+        stopped.fit()
+    torch.manual_seed(987)
+    resumed = run(index_dir=index, callbacks=[last_checkpoint(checkpoints)])
+    torch.manual_seed(987)
+    resumed.fit(checkpoints / "last.ckpt")
+    assert resumed.recorder.losses == whole.recorder.losses[len(stopped.recorder.losses) :]
+    assert_equal_weights(whole.weights(), resumed.weights())
 
 
 def test_dropout_shuffling_and_sampling_matter(uninterrupted, tiny_run, tiny_model):

@@ -1,5 +1,6 @@
 """Reinforcement in the objective: unbiased by enumeration, who moves, what is logged, and what is refused."""
 
+import inspect
 import itertools
 from dataclasses import replace
 
@@ -66,7 +67,9 @@ def sources_of(run, **settings):
 
 def gradient(value, parameters):
     found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, parameters)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, parameters, strict=True)]
+    )
 
 
 # ---------------------------------------------------------------------- unbiased
@@ -218,19 +221,23 @@ def test_the_gradient_reaches_just_the_policies(settings, moved, kind, ready):
 
 
 def test_a_step_of_training_moves_the_retriever_towards_what_pays(tiny_run, tiny_model):
-    """All passages but one earn nothing: in the end that one is found first."""
+    """Every other passage earns something: in the end those are drawn."""
 
-    def cites_one(attempt):
-        return float(attempt.cited_passage_id == gold)
+    def pays(attempt):
+        return float(attempt.cited_passage_id in paying)
 
     objective = PolicyGradient(
-        objective=MarginalObjective(kind="rag_token"), reward=cites_one, likelihood_weight=0.0, num_samples=8
+        objective=MarginalObjective(kind="rag_token"),
+        reward=pays,
+        likelihood_weight=0.0,
+        num_samples=8,
+        num_candidates=12,
     )
     run = tiny_run(
         model=tiny_model(num_passages=1), objective=objective, optim={"lr_query_encoder": 3e-3}, max_steps=60
     )
     run.data.setup("fit")
-    gold = run.data.corpus[0].id
+    paying = {passage.id for row, passage in enumerate(run.data.corpus) if row % 2 == 0}
     rewards = []
     original = objective._reinforce
 
@@ -241,7 +248,8 @@ def test_a_step_of_training_moves_the_retriever_towards_what_pays(tiny_run, tiny
 
     objective._reinforce = noted
     run.fit()
-    assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.2
+    assert sum(rewards[:3]) / 3 < 0.7
+    assert sum(rewards[-10:]) / 10 > 0.85
 
 
 # ---------------------------------------------------------------------- the rest
@@ -296,20 +304,6 @@ def test_divergence_from_the_start_is_nothing_at_first_and_costs_later(tiny_run,
     assert not any(weight.requires_grad for weight in objective.parameters())
 
 
-def test_a_resumed_run_knows_where_it_began(tiny_run, tiny_model, tmp_path):
-    def fresh(**trainer):
-        objective = reinforced(kl_weight=0.5, likelihood_weight=1.0)
-        return tiny_run(model=tiny_model(), objective=objective, index_dir=tmp_path / "index", **trainer)
-
-    whole = fresh(max_steps=4).fit().weights()
-    half = fresh(max_steps=4)
-    half.trainer.fit_loop.epoch_loop.max_steps = 2
-    half.fit()
-    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = fresh(max_steps=4).fit(tmp_path / "half.ckpt").weights()
-    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -323,8 +317,10 @@ def test_a_resumed_run_knows_where_it_began(tiny_run, tiny_model, tmp_path):
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
+    settings = {"objective": MarginalObjective(kind="rag_token"), "reward": by_length, **settings}
+    build = inspect.unwrap(PolicyGradient.__init__)  # past the type checks, which only tests have
     with pytest.raises(ConfigError, match=message):
-        reinforced(**settings)
+        build(PolicyGradient.__new__(PolicyGradient), **settings)
 
 
 def test_objectives_without_passages_read_apart_are_refused():
