@@ -2,13 +2,15 @@
 
 REALM (Guu et al. 2020, §3.4) pre-trains on sentences in which one such span is masked: "United Kingdom" or "July 1969"
 must be looked up, while a random word can mostly be guessed from its neighbours. REALM finds names by a BERT tagger
-and dates by a pattern; here both are found by rule, without a model, at about 20 thousand passages a minute.
+and dates by a pattern; here both are found by rule, without a model, some 4,000 short passages a second.
 
 Rules and their limits: English, in mixed case. A name is a run of capitalised words, held together by joining words
 ("University of Oxford", "Ludwig van Beethoven", "Alexander the Great"), initials and numbers ("Apollo 13"). The first
 word of a sentence is capitalised anyway, so alone it is a name only where the passage says so elsewhere. Two names
 joined by "and" are two, unless the left one is still open ("Department of Health and Human Services"). Words that are
-no names but written with a capital (nationalities, headings) are found too, and names in lower case are missed.
+no names but written with a capital (nationalities, headings) are found too, and names in lower case are missed. Of the
+names that people marked in Wikipedia sentences (wikigold, test part), 81 % are found with the same borders; of those
+found, 78 % are marked so, and 92 % overlap a marked one.
 """
 
 import re

@@ -8,7 +8,7 @@ is learned. A corpus that says everything only once then leaves nothing to be fo
 """
 
 import random
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ Unit = Literal["sentence", "passage"]
 _TRIES = 100  # passages without anything to mask before it is called an error
 
 
-class MaskedExamples:
+class MaskedExamples(ABC):
     """What both kinds share: a passage of the corpus for each position, masked anew at each visit.
 
     Args:
