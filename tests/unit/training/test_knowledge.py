@@ -254,7 +254,7 @@ def test_evaluation_asks_no_teacher(ready, tiny_model):
 
 
 def test_a_student_that_retrieves_may_be_taught_from_the_teachers_own_passages(indexed_teacher, ready, tiny_model):
-    """What the teacher would answer with them, whatever the student found: its own RAG forward, put together by hand."""
+    """What the teacher would say with them, whatever the student found: its RAG forward, put together by hand."""
     teacher = indexed_teacher()
     objective = KnowledgeDistillation(
         objective=MarginalObjective(kind="rag_token"), teacher=teacher, passages="own", hard_weight=0.0
