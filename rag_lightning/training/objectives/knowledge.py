@@ -166,6 +166,11 @@ class KnowledgeDistillation:
                     f"distill.{name}_weight={self.weights[name]} would teach nothing, as no part that it teaches "
                     f"learns. Set optim.{setting}=true, or distill.{name}_weight=0."
                 )
+        if self.passages == "student" and self.teacher.model.settings.num_passages == 0:
+            raise ConfigError(
+                f"distill.passages=student: expected a teacher that reads passages, {self.teacher.source} is closed-book. "
+                "Set distill.passages=own: it then reads the question alone, as it was trained to."
+            )
         self._cache = self._opened()
         notes = self._cache.notes() if self._cache is not None else {}
         if notes:

@@ -523,6 +523,13 @@ def test_what_nothing_learns_from_is_refused(tiny_run, tiny_model, teacher_of):
         )
 
 
+def test_a_closed_book_teacher_is_given_no_passages(tiny_run, tiny_model, teacher_of):
+    teacher = teacher_of(tiny_model(seed=5, num_passages=0))
+    objective = KnowledgeDistillation(objective=MarginalObjective(kind="rag_token"), teacher=teacher)
+    with pytest.raises(ConfigError, match=r"expected a teacher that reads passages, .* Set distill.passages=own"):
+        tiny_run(objective=objective)
+
+
 def test_a_teacher_without_an_index_has_no_passages_of_its_own(ready, tiny_model, teacher_of):
     run, batch = ready(closed_book(teacher_of(tiny_model(seed=5))), tiny_model(num_passages=0))
     with pytest.raises(ConfigError, match="distill.passages=own: expected a teacher saved with its index"):
