@@ -168,8 +168,8 @@ class KnowledgeDistillation:
                 )
         if self.passages == "student" and self.teacher.model.settings.num_passages == 0:
             raise ConfigError(
-                f"distill.passages=student: expected a teacher that reads passages, {self.teacher.source} is closed-book. "
-                "Set distill.passages=own: it then reads the question alone, as it was trained to."
+                f"distill.passages=student: expected a teacher that reads passages, {self.teacher.source} is "
+                "closed-book. Set distill.passages=own: it then reads the question alone, as it was trained to."
             )
         self._cache = self._opened()
         notes = self._cache.notes() if self._cache is not None else {}
