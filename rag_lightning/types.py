@@ -196,7 +196,7 @@ class GeneratorOutput(TensorRecord):
         token_log_probs_BKT: ``log p(y_t | x, z_k, y_<t)`` of the target token, float32 at least; 0 where unscored.
         target_mask_BT: True on scored positions.
         vocab_mean_BKT: Mean over the vocabulary of ``log p(v | x, z_k, y_<t)``, only when label smoothing asks for it.
-        logits_BKTV: Full logits, only when ``hf_compat`` label smoothing asks for them.
+        logits_BKTV: Full logits, only when asked for: by ``hf_compat`` label smoothing, or by distillation.
     """
 
     token_log_probs_BKT: Float[Tensor, "B K T"]

@@ -1,5 +1,6 @@
 """Knowledge distillation: a student learns from a teacher's distributions beside, or instead of, the gold answers."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -91,13 +92,13 @@ class KnowledgeDistillation:
         self.trains: tuple[str, ...] = self._trained()
 
     def _check_numbers(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
                 f"distill.temperature: expected a number above 0, got {self.temperature}: 1 leaves the distributions "
                 "as they are, 2 to 4 show more of what the teacher holds unlikely"
             )
         for name, weight in self.weights.items():
-            if not weight >= 0:
+            if not 0 <= weight < math.inf:
                 raise ConfigError(f"distill.{name}_weight: expected 0 or more, got {weight}")
         if not self.weights["soft"] + self.weights["posterior"] > 0:
             raise ConfigError(
@@ -165,6 +166,11 @@ class KnowledgeDistillation:
                     f"distill.{name}_weight={self.weights[name]} would teach nothing, as no part that it teaches "
                     f"learns. Set optim.{setting}=true, or distill.{name}_weight=0."
                 )
+        if self.passages == "student" and self.teacher.model.settings.num_passages == 0:
+            raise ConfigError(
+                f"distill.passages=student: expected a teacher that reads passages, {self.teacher.source} is "
+                "closed-book. Set distill.passages=own: it then reads the question alone, as it was trained to."
+            )
         self._cache = self._opened()
         notes = self._cache.notes() if self._cache is not None else {}
         if notes:

@@ -253,6 +253,30 @@ def test_evaluation_asks_no_teacher(ready, tiny_model):
 # ---------------------------------------------------------------------- the teacher's own passages, and the cache
 
 
+def test_a_student_that_retrieves_may_be_taught_from_the_teachers_own_passages(indexed_teacher, ready, tiny_model):
+    """What the teacher would say with them, whatever the student found: its RAG forward, put together by hand."""
+    teacher = indexed_teacher()
+    objective = KnowledgeDistillation(
+        objective=MarginalObjective(kind="rag_token"), teacher=teacher, passages="own", hard_weight=0.0
+    )
+    run, batch = ready(objective, tiny_model(seed=1))
+    with torch.no_grad():
+        outcome = outcome_of(run, batch)
+        master, texts = teacher.model, [question.question for question in batch.questions]
+        hits, scores_BK = master.retrieve(master.query_tokens(texts), texts, master.default_retriever())
+        log_probs = []
+        for model, ids_BK, scores in (
+            (master, hits.ids_BK, scores_BK),
+            (run.module.model, outcome.hits.ids_BK, outcome.doc_scores_BK),
+        ):
+            encoded = model.generator.encode(run.data.assembler.contexts(ids_BK, batch.prompt))
+            output = model.generator.score(encoded, batch.labels, 3, keep_logits=True)
+            prior, mask = (scores / 0.1).log_softmax(dim=1), output.target_mask_BT
+            log_probs.append(predictive_log_probs(output.logits_BKTV, prior, batch.labels[:, 1:], mask, False))
+        expected_B = soft_target_kl(log_probs[0], log_probs[1], mask)
+    torch.testing.assert_close(outcome.loss_B, expected_B, atol=1e-4, rtol=1e-4)
+
+
 def closed_book(teacher, **settings):
     return KnowledgeDistillation(
         objective=ClosedBook(), teacher=teacher, passages="own", **{"temperature": 2.0, **settings}
@@ -436,6 +460,8 @@ def test_answers_that_would_train_on_nothing_are_refused(
         ({"temperature": 0.0}, "distill.temperature: expected a number above 0, got 0.0"),
         ({"temperature": -1.0}, "distill.temperature: expected a number above 0, got -1.0"),
         ({"temperature": math.nan}, "distill.temperature: expected a number above 0, got nan"),
+        ({"temperature": math.inf}, "distill.temperature: expected a number above 0, got inf"),
+        ({"hard_weight": math.nan}, "distill.hard_weight: expected 0 or more, got nan"),
         ({"soft_weight": -1.0}, "distill.soft_weight: expected 0 or more, got -1"),
         ({"soft_weight": 0.0}, "expected soft_weight or posterior_weight above 0, got 0 for both"),
         ({"top_tokens": 0}, "distill.top_tokens: expected at least 1, or null"),
@@ -495,6 +521,13 @@ def test_what_nothing_learns_from_is_refused(tiny_run, tiny_model, teacher_of):
         tiny_run(
             objective=KnowledgeDistillation(objective=taught, teacher=teacher), optim={"train_query_encoder": False}
         )
+
+
+def test_a_closed_book_teacher_is_given_no_passages(tiny_run, tiny_model, teacher_of):
+    teacher = teacher_of(tiny_model(seed=5, num_passages=0))
+    objective = KnowledgeDistillation(objective=MarginalObjective(kind="rag_token"), teacher=teacher)
+    with pytest.raises(ConfigError, match=r"expected a teacher that reads passages, .* Set distill.passages=own"):
+        tiny_run(objective=objective)
 
 
 def test_a_teacher_without_an_index_has_no_passages_of_its_own(ready, tiny_model, teacher_of):
