@@ -9,7 +9,6 @@ encoder through ``p(z|x)``: a passage that explains the answer better than its r
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rag_lightning.decoding.constraints import NO_RULES, OutputRules
 from rag_lightning.decoding.decode import decode
 from rag_lightning.decoding.options import Decoded, DecodingMode, DecodingOptions
 from rag_lightning.decoding.text_rules import text_rules
-from rag_lightning.decoding.texts import alternatives, answer_texts, tokens_with_posteriors
+from rag_lightning.decoding.texts import answer_texts
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import NO_FUSION, EncodedContexts
@@ -30,14 +29,8 @@ from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import (
     TokenPosteriorKind,
     doc_log_prior,
-    hf_smoothed_nll,
-    passage_log_likelihood,
-    passage_log_posterior,
-    rag_sequence_log_likelihood,
-    rag_token_log_likelihood,
-    smoothing_penalty,
-    token_posteriors,
 )
+from rag_lightning.rag_answers import told
 from rag_lightning.rag_parts import (
     MarginalKind,
     RagParts,
@@ -48,6 +41,7 @@ from rag_lightning.rag_parts import (
     parts_of_hf_rag,
     save_parts,
 )
+from rag_lightning.rag_reading import Marginal, read_apart, read_together
 from rag_lightning.retrieval.base import Retriever, even_where_empty, search
 from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
@@ -59,38 +53,11 @@ from rag_lightning.types import (
     Prediction,
     Question,
     RagBatch,
-    RetrievedPassage,
-    TensorRecord,
     TokenBatch,
-    TokenPosteriors,
 )
 
 logger = logging.getLogger(__name__)
 ANSWER_FOLLOWS = ":"  # the end of a prompt, as a tokenizer is shown it that writes an answer behind one
-
-
-@dataclass(frozen=True)
-class Marginal(TensorRecord):
-    """What the marginal says of a batch.
-
-    Attributes:
-        nll_B: The training loss of each example: ``-log p(y|x)``, label-smoothed if asked.
-        log_likelihood_B: ``log p(y|x)`` without smoothing.
-        log_prior_BK: ``log p(z|x)``.
-        log_posterior_BK: ``log p(z|x,y)``.
-        passage_log_likelihood_BK: ``log p(y|x,z)``, of the whole answer from each passage alone; None for
-            fusion-in-decoder where it was not asked for, and then the posterior is the prior.
-        num_tokens_B: Scored target tokens.
-        logits_BRTV: The decoder's logits, only when asked for: R is K, or 1 for fusion-in-decoder, which reads once.
-    """
-
-    nll_B: Float[Tensor, "B"]
-    log_likelihood_B: Float[Tensor, "B"]
-    log_prior_BK: Float[Tensor, "B K"]
-    log_posterior_BK: Float[Tensor, "B K"]
-    passage_log_likelihood_BK: Float[Tensor, "B K"] | None
-    num_tokens_B: Int[Tensor, "B"]
-    logits_BRTV: Float[Tensor, "B R T V"] | None = None
 
 
 class RagModel(nn.Module):
@@ -235,84 +202,26 @@ class RagModel(nn.Module):
             alone: With ``stuffed``, contexts of one passage each, ``B * K``, to do the same.
             keep_logits: Also return the logits, for losses that compare whole distributions.
         """
-        objective = objective if objective is not None else self.settings.objective
-        if objective in ("fid", "stuffed"):
-            together = encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
-            if objective == "fid":
-                together, alone = encoded.fused(batch.doc_scores_BK > -torch.inf), encoded if read_alone else None
-            return self._together(batch, together, alone, label_smoothing, keep_logits=keep_logits)
-        hf_compat = hf_compat if hf_compat is not None else self.settings.hf_compat
-        hf_smoothing = hf_compat and label_smoothing > 0
-        output = self.generator.score(
-            encoded if encoded is not None else self.generator.encode(batch.contexts),
-            batch.labels,
-            batch.doc_scores_BK.shape[1],
-            vocab_mean=label_smoothing > 0 and not hf_compat,
-            keep_logits=hf_smoothing or keep_logits,
-        )
+        kind = objective if objective is not None else self.settings.objective
+        encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
         prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
-        arguments = (output.token_log_probs_BKT, prior_BK, output.target_mask_BT)
-        if objective == "rag_sequence":
-            log_likelihood_B = rag_sequence_log_likelihood(*arguments, hf_compat=hf_compat)
-        elif objective == "rag_token":
-            log_likelihood_B = rag_token_log_likelihood(*arguments)
-        else:
-            raise ConfigError(f"expected objective rag_token, rag_sequence, fid or stuffed, got {objective!r}")
-        posterior_BK = passage_log_posterior(*arguments)
-        nll_B = -log_likelihood_B
-        if hf_smoothing and output.logits_BKTV is not None:
-            nll_B = hf_smoothed_nll(
-                output.logits_BKTV,
-                prior_BK,
-                batch.labels[:, 1:],
-                output.target_mask_BT,
-                label_smoothing,
-                sequence=objective == "rag_sequence",
+        if kind in ("fid", "stuffed"):
+            together = encoded
+            if kind == "fid":
+                together, alone = encoded.fused(prior_BK > -torch.inf), encoded if read_alone else None
+            return read_together(
+                self.generator, batch.labels, prior_BK, together, alone, label_smoothing, keep_logits=keep_logits
             )
-        elif output.vocab_mean_BKT is not None:
-            penalty_B = smoothing_penalty(output.vocab_mean_BKT, posterior_BK, output.target_mask_BT)
-            nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
-        alone_BK = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)
-        logits_BRTV = output.logits_BKTV if keep_logits else None
-        num_tokens_B = output.target_mask_BT.sum(dim=1)
-        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, num_tokens_B, logits_BRTV)
-
-    def _together(
-        self,
-        batch: RagBatch,
-        together: EncodedContexts,
-        alone: EncodedContexts | None,
-        label_smoothing: float,
-        *,
-        keep_logits: bool,
-    ) -> Marginal:
-        """Returns what a reader says of the targets that reads all passages at once.
-
-        Args:
-            batch: Scores and targets.
-            together: One context for each question.
-            alone: ``B * K`` contexts, to score the target from each passage alone too, without gradient.
-            label_smoothing: ε.
-            keep_logits: Also return the logits.
-        """
-        prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
-        output = self.generator.score(
-            together, batch.labels, 1, vocab_mean=label_smoothing > 0, keep_logits=keep_logits
+        return read_apart(
+            self.generator,
+            batch.labels,
+            prior_BK,
+            encoded,
+            kind=kind,
+            label_smoothing=label_smoothing,
+            hf_compat=hf_compat if hf_compat is not None else self.settings.hf_compat,
+            keep_logits=keep_logits,
         )
-        log_likelihood_B = passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0]
-        nll_B = -log_likelihood_B
-        if output.vocab_mean_BKT is not None:
-            certain_B1 = torch.zeros_like(nll_B)[:, None]
-            penalty_B = smoothing_penalty(output.vocab_mean_BKT, certain_B1, output.target_mask_BT)
-            nll_B = (1 - label_smoothing) * nll_B + label_smoothing * penalty_B
-        alone_BK, posterior_BK = None, prior_BK
-        if alone is not None:
-            with torch.no_grad():
-                each = self.generator.score(alone, batch.labels, prior_BK.shape[1])
-            alone_BK = passage_log_likelihood(each.token_log_probs_BKT, each.target_mask_BT)
-            posterior_BK = passage_log_posterior(each.token_log_probs_BKT, prior_BK.detach(), each.target_mask_BT)
-        num_tokens_B = output.target_mask_BT.sum(dim=1)
-        return Marginal(nll_B, log_likelihood_B, prior_BK, posterior_BK, alone_BK, num_tokens_B, output.logits_BKTV)
 
     def log_likelihood(
         self,
@@ -528,34 +437,9 @@ class RagModel(nn.Module):
 
         With ``posterior_kind``, also token by token, where there are passages.
         """
+        evidence = retriever.evidence(hits) if retriever is not None and hits is not None else None
         prior_BK = doc_log_prior(scores_BK, self.settings.temperature)
-        posterior_BK = prior_BK
-        apart = encoded.hidden_NLH.shape[0] == prior_BK.numel()  # else all passages stand in one context
-        if apart:
-            output = self.generator.score(encoded, decoded.sequences_BT, scores_BK.shape[1])
-            scored_B = output.target_mask_BT.any(dim=1)
-            mask_BT = output.target_mask_BT | ~scored_B[:, None]  # an empty answer leaves the prior as it is
-            posterior_BK = passage_log_posterior(output.token_log_probs_BKT, prior_BK, mask_BT)
-        evidence = retriever.evidence(hits).passages if retriever is not None and hits is not None else None
-        nbest = alternatives(self._generator_tokenizer(), decoded)
-        by_token: list[TokenPosteriors | None] = [None] * len(records)
-        if posterior_kind is not None and evidence is not None and apart:
-            by_token_BKT = token_posteriors(output.token_log_probs_BKT, prior_BK, mask_BT, posterior_kind)
-            by_token[:] = tokens_with_posteriors(
-                self._generator_tokenizer(), decoded.sequences_BT, by_token_BKT, self.generator.pad_token_id
-            )
-        results = []
-        for row, (record, answer) in enumerate(zip(records, self.answers(decoded), strict=True)):
-            passages = []
-            for place, passage in enumerate(evidence[row] if evidence is not None else ()):
-                score, prior, posterior = (
-                    float(values[row, place]) for values in (scores_BK, prior_BK.exp(), posterior_BK.exp())
-                )
-                passages.append(RetrievedPassage(passage.id, passage.title, passage.text, score, prior, posterior))
-            likelihood = float(decoded.log_likelihood_B[row])
-            more = (nbest[row], by_token[row])
-            results.append(Prediction(record.id, record.question, answer, likelihood, tuple(passages), *more))
-        return results
+        return told(self.generator, records, decoded, encoded, scores_BK, prior_BK, evidence, posterior_kind)
 
     # ------------------------------------------------------------------ files
 

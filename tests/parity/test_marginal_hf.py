@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rag_lightning.rag import Marginal, RagModel
+from rag_lightning.rag import RagModel
+from rag_lightning.rag_reading import Marginal
 from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import MarginalObjective, Outcome
 from rag_lightning.training.optim import OptimSettings

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import EncodedContexts
-from rag_lightning.rag import Marginal, RagModel
+from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
+from rag_lightning.rag_reading import Marginal
 from rag_lightning.retrieval.base import Retriever
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.training.examples import ExampleKind

@@ -18,8 +18,9 @@ from rag_lightning.decoding.options import DecodingMode
 from rag_lightning.decoding.sampling import sample
 from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.losses.marginal import doc_log_prior
-from rag_lightning.rag import Marginal, RagModel
+from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
+from rag_lightning.rag_reading import Marginal
 from rag_lightning.training.rewards import Attempt
 from rag_lightning.types import Question, RagBatch, TokenBatch
 

@@ -16,8 +16,9 @@ from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.errors import ConfigError
 from rag_lightning.index.base import similarity
 from rag_lightning.losses.knowledge import predictive_log_probs
-from rag_lightning.rag import Marginal, RagModel
+from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME, MarginalKind
+from rag_lightning.rag_reading import Marginal
 from rag_lightning.retrieval.base import even_where_empty
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
