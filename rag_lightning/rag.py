@@ -10,7 +10,7 @@ encoder through ``p(z|x)``: a passage that explains the answer better than its r
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -203,6 +203,8 @@ class RagModel(nn.Module):
             keep_logits: Also return the logits, for losses that compare whole distributions.
         """
         kind = objective if objective is not None else self.settings.objective
+        if kind not in get_args(MarginalKind):
+            raise ConfigError(f"expected objective rag_token, rag_sequence, fid or stuffed, got {kind!r}")
         encoded = encoded if encoded is not None else self.generator.encode(batch.contexts)
         prior_BK = doc_log_prior(batch.doc_scores_BK, self.settings.temperature)
         if kind in ("fid", "stuffed"):

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.losses.marginal import (
     hf_smoothed_nll,
@@ -66,9 +65,6 @@ def read_apart(
         label_smoothing: ε.
         hf_compat: Prior placement and smoothing as in transformers.
         keep_logits: Also return the logits.
-
-    Raises:
-        ConfigError: Another kind.
     """
     hf_smoothing = hf_compat and label_smoothing > 0
     output = generator.score(
@@ -81,10 +77,9 @@ def read_apart(
     arguments = (output.token_log_probs_BKT, prior_BK, output.target_mask_BT)
     if kind == "rag_sequence":
         log_likelihood_B = rag_sequence_log_likelihood(*arguments, hf_compat=hf_compat)
-    elif kind == "rag_token":
-        log_likelihood_B = rag_token_log_likelihood(*arguments)
     else:
-        raise ConfigError(f"expected objective rag_token, rag_sequence, fid or stuffed, got {kind!r}")
+        assert kind == "rag_token"
+        log_likelihood_B = rag_token_log_likelihood(*arguments)
     posterior_BK = passage_log_posterior(*arguments)
     nll_B = -log_likelihood_B
     if hf_smoothing and output.logits_BKTV is not None:
