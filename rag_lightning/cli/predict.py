@@ -31,6 +31,7 @@ def run(config: DictConfig) -> None:
     questions = _questions(config)
     predictions = _answer(model, questions, config.batch_size, token_posteriors=heatmap is not None)
     if heatmap is not None:
+        heatmap.parent.mkdir(parents=True, exist_ok=True)
         plot_token_posteriors(predictions[0], path=heatmap)
     if config.output is not None:
         write_predictions(Path(config.output), predictions)

@@ -60,11 +60,11 @@ class WeightedReward:
     """The weighted mean of several rewards.
 
     Args:
-        weights: Of ``exact_match``, ``f1``, ``citation``, and of ``own`` ones by their names.
+        weights: Of ``exact_match``, ``f1``, ``citation``, and of ``own`` ones by their names; 0 leaves one out.
         own: Further rewards; each has to give a number from 0 to 1.
 
     Raises:
-        ConfigError: No reward, an unknown name, or a weight that is not positive.
+        ConfigError: No reward, an unknown name, or a negative weight.
 
     >>> reward = WeightedReward({"exact_match": 1.0, "f1": 1.0})
     >>> round(reward(Attempt(Question("1", "who?", ("Carlos Saldanha",)), "Saldanha", "p1")), 3)
@@ -76,11 +76,13 @@ class WeightedReward:
         for name, weight in weights.items():
             if name not in self.rewards:
                 raise ConfigError(f"reinforce.rewards: expected some of {', '.join(self.rewards)}, got {name!r}")
-            if not weight > 0:
-                raise ConfigError(f"reinforce.rewards.{name}: expected a weight above 0, got {weight}")
-        if not weights:
-            raise ConfigError(f"reinforce.rewards: expected some of {', '.join(self.rewards)} with weights, got none")
-        self.weights = dict(weights)
+            if not weight >= 0:
+                raise ConfigError(f"reinforce.rewards.{name}: expected a weight of 0 or more, got {weight}")
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if not self.weights:
+            raise ConfigError(
+                f"reinforce.rewards: expected some of {', '.join(self.rewards)} with weights above 0, got none"
+            )
 
     def __call__(self, attempt: Attempt) -> float:
         """Returns the mean.

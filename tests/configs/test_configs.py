@@ -49,7 +49,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 111
+NUM_FILES = 112
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {

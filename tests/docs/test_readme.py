@@ -32,6 +32,7 @@ def filled(text: str, finished: Path, tiny_world: Any, scratch: Path) -> list[st
         "T.jsonl": tiny_world.train,
         "V.jsonl": tiny_world.validation,
         "F.jsonl": tiny_world.test,
+        "PICTURE.png": scratch / "picture.png",
         "MINED.jsonl": scratch / "mined.jsonl",
         "SNAPSHOT": scratch / "snapshots",
         "RUN": finished,

@@ -313,7 +313,10 @@ def test_divergence_from_the_start_is_nothing_at_first_and_costs_later(tiny_run,
         ({"num_samples": 1}, "at least 2 with baseline=leave_one_out, got 1"),
         ({"alpha": 0.0}, "reinforce.alpha: expected a number above 0"),
         ({"kl_weight": -1.0}, "reinforce.kl_weight: expected 0 or more, got -1.0"),
-        ({"reward": None}, "reinforce.rewards: expected some of exact_match, f1, citation with weights, got none"),
+        (
+            {"reward": None},
+            "reinforce.rewards: expected some of exact_match, f1, citation with weights above 0, got none",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -37,7 +37,12 @@ def test_a_reward_out_of_range_is_refused(value):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({}, "got none"), ({"bleu": 1.0}, "got 'bleu'"), ({"f1": 0.0}, "expected a weight above 0, got 0.0")],
+    [
+        ({}, "got none"),
+        ({"bleu": 1.0}, "got 'bleu'"),
+        ({"f1": 0.0}, "got none"),
+        ({"f1": -1.0}, "expected a weight of 0 or more, got -1.0"),
+    ],
 )
 def test_weights_that_mean_nothing_are_refused(weights, message):
     with pytest.raises(ConfigError, match=message):
