@@ -57,7 +57,6 @@ from rag_lightning.types import (
 )
 
 logger = logging.getLogger(__name__)
-ANSWER_FOLLOWS = ":"  # the end of a prompt, as a tokenizer is shown it that writes an answer behind one
 
 
 class RagModel(nn.Module):
@@ -98,6 +97,11 @@ class RagModel(nn.Module):
                 raise ConfigError("model.null_passage: expected an encoder, whose vectors weigh it; came none")
             null_passage = NullPassage.of(encoder)
         self.null_passage = null_passage if self.settings.null_passage else None
+        if self.prompt.answer_prefix and not generator.continues_prompt:
+            raise ConfigError(
+                "model.prompt.answer_prefix: expected an empty one for an encoder-decoder, whose answers begin anew, "
+                f"got {self.prompt.answer_prefix!r}"
+            )
         self.decoding_options = decoding_options if decoding_options is not None else DecodingOptions()
         self.retriever_source: RetrieverSource | None = None
         self._default_retriever: Retriever | None = None
@@ -273,7 +277,9 @@ class RagModel(nn.Module):
                 len(encoded),
                 self.prompt.max_tokens,
             )
-        return pad_sequences([ids[:limit] for ids in encoded], self.generator.pad_token_id)
+        tail = self._generator_tokenizer()(self.prompt.after_question, add_special_tokens=False)["input_ids"]
+        kept = [ids if len(ids) <= limit else [*ids[: max(0, limit - len(tail))], *tail][:limit] for ids in encoded]
+        return pad_sequences(kept, self.generator.pad_token_id)
 
     def target_tokens(self, answers: Sequence[str]) -> Int[Tensor, "B T1"]:
         """Returns labels: the decoder's start token, the answer as the tokenizer writes it, the end token, padding.
@@ -286,7 +292,8 @@ class RagModel(nn.Module):
         rows = []
         if self.prompt.answer_prefix:
             texts = [self.prompt.answer_prefix + answer for answer in answers]
-            written = continuation_ids(tokenizer, texts, ANSWER_FOLLOWS)
+            before = self.prompt.after_question.split()[-1:] or [":"]
+            written = continuation_ids(tokenizer, texts, before[0])
         else:
             written = tokenizer(list(answers))["input_ids"]
         for ids in written:
@@ -415,7 +422,7 @@ class RagModel(nn.Module):
             query = self.query_tokens(texts).to(device) if retriever.needs_vectors else None
             hits, scores_BK = self.retrieve(query, texts, retriever, num_passages=num_passages)
             stuffed = (decoding if decoding is not None else self.settings.decoding) == "stuffed"
-            contexts = (assembler.stuffed if stuffed else assembler.contexts)(hits.ids_BK.to(device), prompt)
+            contexts = assembler.for_reading(hits.ids_BK.to(device), prompt, stuffed=stuffed)
         encoded = self.generator.encode(contexts)
         decoded = self.decode(encoded, scores_BK, decoding=decoding, options=options, rng=rng)
         by_token = (decoding if decoding is not None else self.settings.decoding) == "rag_token"

@@ -79,6 +79,11 @@ def build_run(config: DictConfig) -> tuple[RagLightningModule, RagDataModule]:
 
 def build_objective(config: DictConfig) -> Objective:
     """Builds the objective, with a reward and a teacher where it is to learn from one."""
+    if "retriever_losses" in config.objective and not str(config.objective._target_).endswith("MarginalObjective"):
+        raise ConfigError(
+            "retriever_loss: expected an objective that retrieves (rag_token, rag_sequence, fid, prompt_stuffing), "
+            f"got {config.objective._target_}: choose another, or retriever_loss=null"
+        )
     objective: Objective = instantiate(config.objective)
     if config.get("reinforce") is not None:
         objective = instantiate(config.reinforce, objective=objective)

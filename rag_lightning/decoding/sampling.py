@@ -9,7 +9,8 @@ model (policy gradients, risk), for varied answers, and to look at what a model 
   (ancestral) sampling of ``p(y|x) = Σ_k p(z_k|x) p(y|x,z_k)``. All passages read along, so that the marginal likelihood
   of the answer is known at its end.
 
-At temperature 1, without truncation and rules, answers come as often as the model says. Truncation: the k likeliest
+At temperature 1, without truncation and rules, answers come as often as the model says, given that it writes no
+padding: no target scores that, so no training makes it unlikely, and it is never drawn. Truncation: the k likeliest
 tokens (Fan et al. 2018, "Hierarchical neural story generation"), the nucleus (Holtzman et al. 2020, "The curious case
 of neural text degeneration", §3.1: the smallest set of tokens whose mass is at least p). Rules come first, then the
 temperature, top-k, top-p, as in transformers.
@@ -44,7 +45,7 @@ class Samples(TensorRecord):
             As in ``labels``, positions that hold the padding id are not scored; neither is a forced first token.
             ``-inf`` where the rules left no token to draw.
         sampled_log_prob_BS: The log-probability of drawing the answer: under temperature, truncation and rules,
-            marginalised likewise. Equal to the likelihood where there are none.
+            marginalised likewise. Where there are none it is the likelihood, given that no padding is written.
     """
 
     sequences_BST: Int[Tensor, "B S T1"]
@@ -216,10 +217,7 @@ def _limited(
     rules: OutputRules,
     generator: Generator,
 ) -> Float[Tensor, "N G V"]:
-    """Returns what may be drawn: each source under rules, temperature and truncation.
-
-    Padding is never drawn: no target scores it, so none has taught the model to hold it unlikely.
-    """
+    """Returns what may be drawn: each source under rules, temperature and truncation, without padding."""
     prefixes_MT = prefixes_NT.repeat_interleave(sources_NGV.shape[1], dim=0)
     allowed_MV = constrain(sources_NGV.flatten(0, 1), prefixes_MT, options, generator.eos_token_id, rules)
     padding = torch.tensor([generator.pad_token_id], device=allowed_MV.device)

@@ -44,11 +44,16 @@ class EncodedContexts(TensorRecord):
             found_BK: False where a place holds no passage.
 
         Raises:
-            ConfigError: The contexts are of a decoder-only generator.
+            ConfigError: The contexts are of a decoder-only generator, or not B·K.
         """
         if not self.can_fuse:
             raise ConfigError(NO_FUSION)
         batch_size, num_passages = found_BK.shape
+        if self.hidden_NLH.shape[0] != found_BK.numel():
+            raise ConfigError(
+                f"fid: expected {found_BK.numel()} contexts, {num_passages} for each of {batch_size} questions, came "
+                f"{self.hidden_NLH.shape[0]}: they must be encoded apart"
+            )
         read_BK1 = (found_BK | ~found_BK.any(dim=1, keepdim=True))[..., None]
         mask_BKL = self.attention_mask_NL.view(batch_size, num_passages, -1) * read_BK1
         hidden_BLH = self.hidden_NLH.reshape(batch_size, -1, self.hidden_NLH.shape[-1])

@@ -22,7 +22,7 @@ from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
-from rag_lightning.text.tokenizers import chat_affixes, load_tokenizer, special_affixes
+from rag_lightning.text.tokenizers import chat_affixes, chat_end_id, load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput, TokenBatch
 
 
@@ -62,6 +62,7 @@ class CausalGenerator(PretrainedGenerator):
 
     auto_class = AutoModelForCausalLM
     kind = "causal"
+    continues_prompt = True
     can_fuse = False
 
     def __init__(
@@ -83,15 +84,13 @@ class CausalGenerator(PretrainedGenerator):
             tokenizer=tokenizer,
             pad_token_id=_padding(source),
             start_token_id=_first_known(source, "bos_token_id", "cls_token_id", "eos_token_id"),
-            eos_token_id=_first_known(source, "eos_token_id", "sep_token_id"),
+            eos_token_id=_end_of_answer(tokenizer, chat, source),
             vocab_size=model.get_output_embeddings().weight.shape[0],
         )
         model.config.pad_token_id = self.pad_token_id  # some families look for it in their attention
         self.chat = chat
         self.system = system
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        if chat:
-            self.affixes()  # refuses a tokenizer without a template now
 
     @classmethod
     def from_source(
@@ -235,6 +234,12 @@ def _state(so_far: Continuation) -> DecoderState:
     return DecoderState(EncodedContexts(torch.zeros(*mask_NL.shape, 0, device=mask_NL.device), mask_NL), so_far)
 
 
+def _end_of_answer(tokenizer: PreTrainedTokenizerBase | None, chat: bool, source: Any) -> int:
+    """Returns what ends an answer: of a chat, what its template writes behind an assistant's turn."""
+    written = chat_end_id(tokenizer) if chat and tokenizer is not None else None
+    return written if written is not None else _first_known(source, "eos_token_id", "sep_token_id")
+
+
 def _padding(source: Any) -> int:
     if source.pad_token_id is None:
         raise ConfigError(
@@ -247,8 +252,10 @@ def _padding(source: Any) -> int:
 
 def _first_known(source: Any, *names: str) -> int:
     for name in names:
-        if getattr(source, name, None) is not None:
-            return int(getattr(source, name))
+        value = getattr(source, name, None)
+        value = value[0] if isinstance(value, list) else value  # some configurations have several end tokens
+        if value is not None:
+            return int(value)
     raise ConfigError(f"the generator has no {names[0]}: set it, targets cannot be built without it")
 
 

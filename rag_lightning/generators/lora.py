@@ -57,6 +57,8 @@ def add_lora(generator: Any, settings: LoraSettings) -> None:
     except ImportError as error:
         raise MissingExtraError("peft", "peft", "LoRA (peft=lora)") from error
     targets = settings.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]  # peft takes a single name for a pattern of whole names
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

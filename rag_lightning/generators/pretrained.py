@@ -39,6 +39,7 @@ class PretrainedGenerator(nn.Module, ABC):
 
     auto_class: ClassVar[Any]
     kind: ClassVar[str]
+    continues_prompt: ClassVar[bool]  # whether an answer is the continuation of its context
     can_fuse: ClassVar[bool]  # whether a decoder can attend to contexts that were encoded apart (fusion-in-decoder)
 
     def __init__(

@@ -39,6 +39,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     auto_class = AutoModelForSeq2SeqLM
     kind = "seq2seq"
+    continues_prompt = False
     can_fuse = True
 
     def __init__(self, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

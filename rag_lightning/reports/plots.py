@@ -89,8 +89,9 @@ def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
     posteriors = prediction.token_posteriors
     if posteriors is None or not posteriors.tokens:
         raise DataError(
-            f"heat map of {prediction.question!r}: expected an answer with tokens and passages, came "
-            f"{prediction.answer!r} without. Answer with token_posteriors=True, and a model that retrieves."
+            f"heat map of {prediction.question!r}: expected an answer with tokens, and passages that were read apart, "
+            f"came {prediction.answer!r} without. Ask a model that retrieves, and does not read them in one prompt "
+            "(decoding.mode=stuffed), by rag-lightning predict heatmap=… or generate(token_posteriors=True)."
         )
     num_tokens, num_passages = len(posteriors.tokens), len(posteriors.probabilities)
     width = 5 + 0.5 * num_tokens
@@ -98,7 +99,8 @@ def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(posteriors.probabilities, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
     titles = [
-        f"{shortened(passage.title or passage.id)}  ({passage.probability:.2f})" for passage in prediction.passages
+        f"{shortened(passage.title or passage.id) or '(no passage)'}  ({passage.probability:.2f})"
+        for passage in prediction.passages
     ]
     # names are no formulas: a dollar sign stands for itself
     tokens = [token.strip() or repr(token) for token in posteriors.tokens]

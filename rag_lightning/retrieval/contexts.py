@@ -62,6 +62,10 @@ class ContextAssembler:
         passages = self.passage_tokens(ids_BK.reshape(-1).cpu().numpy())
         return self._join(passages, questions, ids_BK.shape[1]).to(ids_BK.device)
 
+    def for_reading(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch, *, stuffed: bool) -> TokenBatch:
+        """Returns :meth:`stuffed` contexts or :meth:`contexts`."""
+        return self.stuffed(ids_BK, questions) if stuffed else self.contexts(ids_BK, questions)
+
     def stuffed(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch) -> TokenBatch:
         """Returns one context for each question with all its passages in it, best first, ``[B, L]``.
 

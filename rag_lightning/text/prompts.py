@@ -5,8 +5,9 @@ question are tokenised apart, without special tokens, and joined as ids, so no t
 
     prefix specials · passage · question · suffix specials        (or question first)
 
-The second part starts with a space of its own. Byte-level BPE, WordPiece and SentencePiece vocabularies all cut before
-a space, so the joined ids are those of the joined string, which is what Lewis et al. 2020 (as released in transformers:
+The second part starts with a space (or line break) of its own. Byte-level BPE, WordPiece and SentencePiece vocabularies
+all cut before a space, so the joined ids are those of the joined string (before a line break some write other ids for
+the same text), which is what Lewis et al. 2020 (as released in transformers:
 ``title / text // question``) feed to BART.
 """
 
@@ -80,6 +81,11 @@ class Prompt:
         title = passage.title.removeprefix('"').removesuffix('"')
         text = _collapse(self.passage_template.format(title=title, text=passage.text))
         return text if self.question_first else text.rstrip(" ")
+
+    @property
+    def after_question(self) -> str:
+        """What the question's part ends in, behind the question."""
+        return self.question_template.rpartition("{question}")[2].replace("{{", "{").replace("}}", "}")
 
     def question_text(self, question: str) -> str:
         """Returns the question's part of the input, double spaces collapsed."""

@@ -115,19 +115,43 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase, system: str | None = None) 
     Raises:
         ConfigError: There is no chat template, or it does not let a user's words stand as they are.
     """
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    text = _chat_text(tokenizer, [*messages, {"role": "user", "content": CHAT_PROBE}], add_generation_prompt=True)
+    before, found, after = text.partition(CHAT_PROBE)
+    if not found:
+        raise ConfigError(f"generator.chat=true: expected the chat template to write a user's words, came {text!r}")
+    ids = tokenizer([before, after], add_special_tokens=False)["input_ids"]
+    return list(ids[0]), list(ids[1])
+
+
+def chat_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the special token that a chat template writes behind an assistant's turn; None where there is none.
+
+    Raises:
+        ConfigError: As :func:`chat_affixes`.
+    """
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": CHAT_PROBE}]
+    _, _, after = _chat_text(tokenizer, turns, add_generation_prompt=False).partition(CHAT_PROBE)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
+) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "generator.chat=true: expected a tokenizer with a chat template, came one without. Give that of an "
             "instruction-tuned model, or set generator.chat=false"
         )
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": CHAT_PROBE})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, after = str(text).partition(CHAT_PROBE)
-    if not found:
-        raise ConfigError(f"generator.chat=true: expected the chat template to write a user's words, came {text!r}")
-    ids = tokenizer([before, after], add_special_tokens=False)["input_ids"]
-    return list(ids[0]), list(ids[1])
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # whatever the template raises, by jinja, which is transformers' to import
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(
+            f"generator.chat=true: expected a chat template that writes turns of {roles}, but it says: {error}. Leave "
+            "generator.system out if it knows no such turn."
+        ) from error
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], before: str) -> list[list[int]]:
@@ -149,7 +173,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], b
         if list(ids[: len(start)]) != start:
             raise ConfigError(
                 f"{type(tokenizer).__name__}: expected {before!r} to keep its ids where {text!r} follows, but they are "
-                "joined into one token. Set model.prompt.answer_prefix to begin with a space or a line break."
+                "joined into one token. Let model.prompt.answer_prefix begin with a space."
             )
     return [list(ids[len(start) :]) for ids in joined]
 

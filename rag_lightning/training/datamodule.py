@@ -153,6 +153,11 @@ class RagDataModule(L.LightningDataModule):
                 if split == "train" and self.answers_from is not None:
                     questions = with_answers(questions, self.answers_from)
                 self.questions[split] = questions
+        if self.answers_from is not None and self._train_kind not in ("questions", "gold_passages", "denoising"):
+            raise ConfigError(
+                f"data.answers_from: expected training on questions, got objective.examples={self._train_kind}, whose "
+                "answers are cut out of passages. Leave one of them out."
+            )
         if self._retrieves and model.settings.num_passages > len(self.corpus):
             raise ConfigError(
                 f"num_passages: expected at most the {len(self.corpus)} passages of {self.corpus.source}, "

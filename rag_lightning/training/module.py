@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rag_lightning.decoding.options import DecodingMode
 from rag_lightning.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.losses.marginal import rag_token_log_likelihood
 from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
@@ -81,8 +82,10 @@ class RagLightningModule(L.LightningModule):
         self.reduction: Reduction = reduction
         self.generate_in_validation = generate_in_validation
         self.retrieval_utility = retrieval_utility
-        wanted = [part for part in objective.trains if part != "fusion" or part in modules_of(model)]
+        parts = {*modules_of(model), *(() if model.encoder is None else ("passage_encoder",))}  # which may be shared
+        wanted = [part for part in objective.trains if part in parts]
         self.trained = optim.trained_parts(wanted) if learns else ()
+        check_fits(model)
         if learns:
             check_teaches(model, objective, self.trained)
             freeze_all_but(model, self.trained)
@@ -269,15 +272,25 @@ class RagLightningModule(L.LightningModule):
         assert outcome.encoded is not None
         assert outcome.doc_scores_BK is not None
         decoding: DecodingMode | None = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
-        decoded = self.model.decode(outcome.encoded, outcome.doc_scores_BK, decoding=decoding, rng=self._rng)
+        encoded = self._encoded_for_answers(outcome, batch)
+        decoded = self.model.decode(encoded, outcome.doc_scores_BK, decoding=decoding, rng=self._rng)
         predictions = self.model.predictions(
-            batch.questions, decoded, outcome.encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
+            batch.questions, decoded, encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
         )
         chosen = [predictions[row] for row in real]
         self.predictions += chosen
         if chosen:
             questions = [batch.questions[row] for row in real]
             self._metric("answers").update([prediction.answer for prediction in chosen], questions)
+
+    def _encoded_for_answers(self, outcome: Outcome, batch: QuestionBatch) -> EncodedContexts:
+        """Returns the outcome's contexts; others where decoding reads passages together that training reads apart."""
+        assert outcome.encoded is not None
+        stuffed = self.model.settings.decoding == "stuffed"
+        if outcome.hits is None or stuffed == (self.model.settings.objective == "stuffed"):
+            return outcome.encoded
+        ids_BK = outcome.hits.ids_BK.to(batch.labels.device)
+        return self.model.generator.encode(self.data.assembler.for_reading(ids_BK, batch.prompt, stuffed=stuffed))
 
     def _finish_evaluation(self, stage: str) -> None:
         values: dict[str, Tensor] = dict(self._metric("answers").compute())
@@ -333,10 +346,37 @@ def check_teaches(model: RagModel, objective: Objective, trained: Sequence[str])
             "model.null_passage: the contrastive objective compares given passages and never weighs it: it would "
             "not learn. Set model.null_passage=false here; a marginal objective can start from the encoder trained so."
         )
+    if model.null_passage is not None and isinstance(objective, MarginalObjective) and not objective.weighs_null:
+        raise ConfigError(
+            f"model.null_passage: objective {objective.kind} with {', '.join(objective.retriever_losses) or 'no'} "
+            "retriever loss never weighs it: it would not learn. Set model.null_passage=false, choose a marginal "
+            "(rag_token, rag_sequence), or a loss that weighs every choice (pdist, loop, emdr2)."
+        )
+    if model.generator.fixed_parameters and "generator" not in trained:
+        raise ConfigError(
+            "peft: adapters were added to a generator that does not learn. Set optim.train_generator=true with an "
+            "objective that trains it, or peft=null."
+        )
     if isinstance(objective, MarginalObjective) and objective.retriever_losses and not {*RETRIEVER} & {*trained}:
         raise ConfigError(
             f"retriever_loss: {', '.join(objective.retriever_losses)} would teach nothing, as no part of the retriever "
             "learns. Set optim.train_query_encoder=true, or leave retriever_loss out."
+        )
+
+
+def check_fits(model: RagModel) -> None:
+    """Refuses prompts that may be longer than the generator has positions: one would end the run, some day.
+
+    Raises:
+        ConfigError: Says what to lower.
+    """
+    positions = model.generator.max_positions
+    answer = max(model.settings.max_target_tokens, model.decoding_options.max_new_tokens)
+    room = positions - answer if positions is not None and model.generator.continues_prompt else positions
+    if room is not None and model.prompt.max_tokens > room:
+        raise ConfigError(
+            f"model.prompt.max_tokens={model.prompt.max_tokens}: expected at most {room}, as the generator has "
+            f"{positions} positions" + (f", {answer} of them for the answer" if room != positions else "")
         )
 
 

@@ -18,7 +18,7 @@ from rag_lightning.rag_parts import MarginalKind
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.training.objectives.base import Objective, Outcome, Reads, Sources
 from rag_lightning.training.objectives.closed_book import ClosedBook
-from rag_lightning.training.objectives.marginal import RETRIEVER, MarginalObjective
+from rag_lightning.training.objectives.marginal import RETRIEVER, MarginalObjective, check_weighted
 from rag_lightning.training.objectives.target_cache import SoftTargets, TargetCache
 from rag_lightning.training.objectives.teacher import Lesson, Teacher, Vocabulary, next_token
 from rag_lightning.types import QuestionBatch
@@ -46,7 +46,8 @@ class KnowledgeDistillation:
         hard_weight: Of the objective's own loss.
         posterior_weight: Of the passages' posterior; needs ``passages=student``.
         temperature: T of the soft targets.
-        direction: ``forward`` is ``KL(teacher ‖ student)``; see :func:`~rag_lightning.losses.knowledge.soft_target_kl`.
+        direction: Of both divergences; ``forward`` is ``KL(teacher ‖ student)``; see
+            :func:`~rag_lightning.losses.knowledge.soft_target_kl`.
         top_tokens: Compare the teacher's so many likeliest tokens, and all the others as one; None compares all.
         cache: A folder to keep soft targets in, for ``passages=own``; None asks the teacher each time.
 
@@ -70,8 +71,8 @@ class KnowledgeDistillation:
     ) -> None:
         if not isinstance(objective, (MarginalObjective, ClosedBook)):
             raise ConfigError(
-                "distill: expected an objective that scores answers (rag_token, rag_sequence, fid, closed_book), got "
-                f"{type(objective).__name__}: choose another, or distill=null"
+                "distill: expected an objective that scores answers (rag_token, rag_sequence, fid, prompt_stuffing, "
+                f"closed_book) and no reward beside it, got {type(objective).__name__}: choose another, or distill=null"
             )
         self.objective = objective
         self.teacher = teacher
@@ -117,6 +118,13 @@ class KnowledgeDistillation:
             )
 
     def _check_passages(self) -> None:
+        check_weighted(self.objective, self.weights["hard"], "distill.hard_weight")
+        if self.passages == "own" and self.objective.examples != "questions":
+            raise ConfigError(
+                f"distill.passages=own: expected objective.examples=questions, got {self.objective.examples}: the "
+                "teacher would search for passages with holes, and find the very passage that the hole was cut from. "
+                "Set distill.passages=student."
+            )
         retrieves = self.objective.reads == "retrieved"
         if self.passages == "student" and not retrieves:
             raise ConfigError(
@@ -207,8 +215,11 @@ class KnowledgeDistillation:
         if self.weights["posterior"] > 0:
             assert lesson is not None
             assert outcome.doc_scores_BK is not None
-            log_prior_BK = doc_log_prior(outcome.doc_scores_BK, model.settings.temperature)
-            terms["posterior"] = passage_kl(lesson.log_posterior_BK, log_prior_BK)
+            assert outcome.hits is not None
+            scores_BK = outcome.doc_scores_BK  # of a null passage, which has no text, the teacher says nothing
+            scores_BK = scores_BK[:, :-1] if outcome.hits.has_null else scores_BK
+            log_prior_BK = doc_log_prior(scores_BK, model.settings.temperature)
+            terms["posterior"] = passage_kl(lesson.log_posterior_BK, log_prior_BK, self.direction)
         loss_B = torch.zeros_like(outcome.loss_B)
         for name, weight in self.weights.items():
             if weight > 0:

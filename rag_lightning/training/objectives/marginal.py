@@ -13,9 +13,9 @@ from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.losses.marginal import doc_log_prior, passage_log_likelihood
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import MarginalKind
-from rag_lightning.retrieval.base import Retriever
+from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.training.examples import RETRIEVED_FOR, ExampleKind
-from rag_lightning.training.objectives.base import Outcome, Reads, Sources, check_smoothing, read
+from rag_lightning.training.objectives.base import Objective, Outcome, Reads, Sources, check_smoothing, read
 from rag_lightning.training.objectives.pairs import batch_pairs, query_vectors
 from rag_lightning.training.objectives.retriever_losses import Need, Reading, RetrieverLoss
 from rag_lightning.types import QuestionBatch
@@ -77,10 +77,10 @@ class MarginalObjective:
         self.marginal_weight = marginal_weight
         self.teaches_retriever = teaches_retriever
         self.retriever_losses = dict(retriever_losses or {})
-        looks_at_prior = kind not in ("fid", "stuffed")
-        reaches_retriever = (teaches_retriever and marginal_weight > 0 and looks_at_prior) or bool(
-            self.retriever_losses
-        )
+        by_prior = teaches_retriever and marginal_weight > 0 and kind not in ("fid", "stuffed")
+        weighing = [loss for loss in self.retriever_losses.values() if not {"evidence", "pairs"} & {*loss.needs}]
+        self.weighs_null = kind != "stuffed" and (by_prior or bool(weighing))  # the others look at passages alone
+        reaches_retriever = by_prior or bool(self.retriever_losses)
         self.trains: tuple[str, ...] = (
             *(RETRIEVER if reaches_retriever else ()),
             *(("generator",) if marginal_weight > 0 else ()),
@@ -110,13 +110,11 @@ class MarginalObjective:
             query_vectors_BD=queries_BD,
         )
         ids_BK, alone = hits.ids_BK.to(scores_BK.device), None
-        if self.kind == "stuffed":
-            contexts = sources.assembler.stuffed(ids_BK, batch.prompt)
-            if losses:
-                with torch.no_grad():
-                    alone = model.generator.encode(sources.assembler.contexts(ids_BK, batch.prompt))
-        else:
-            contexts = sources.assembler.contexts(ids_BK, batch.prompt)
+        contexts = sources.assembler.for_reading(ids_BK, batch.prompt, stuffed=self.kind == "stuffed")
+        if self.kind == "stuffed" and losses:
+            with torch.no_grad():
+                alone = model.generator.encode(sources.assembler.contexts(ids_BK, batch.prompt))
+            torch.clear_autocast_cache()  # before torch 2.11, weights cast without gradient were used again with it
         known_BK = scores_BK if self.teaches_retriever else scores_BK.detach()
         with nullcontext() if self.marginal_weight > 0 else torch.no_grad():
             outcome = read(
@@ -140,7 +138,7 @@ class MarginalObjective:
         outcome = replace(outcome, loss_B=self.marginal_weight * nll_B, terms={"nll": nll_B})
         if not losses:
             return outcome
-        reading = self._reading(outcome, scores_BK, model, batch, sources.retriever)
+        reading = self._reading(outcome, scores_BK, model, batch, sources)
         if queries_BD is not None:
             reading = replace(reading, pairs=batch_pairs(model, batch, sources, queries_BD, hits, scores_BK))
         return with_terms(outcome, losses, reading)
@@ -151,7 +149,7 @@ class MarginalObjective:
         scores_BK: Float[Tensor, "B K"],
         model: RagModel,
         batch: QuestionBatch,
-        retriever: Retriever,
+        sources: Sources,
     ) -> Reading:
         assert outcome.marginal is not None
         assert outcome.encoded is not None
@@ -162,10 +160,13 @@ class MarginalObjective:
         without_BK, attention_BK, evidence = None, None, None
         if "without" in needs and self.kind == "fid":
             without_BK = without_each(model, outcome.encoded, batch.labels, found_BK)
+        if "without" in needs and self.kind == "stuffed" and outcome.hits is not None:
+            without_BK = stuffed_without_each(model, sources.assembler, outcome.hits.ids_BK.to(found_BK.device), batch)
         if "attention" in needs:
             attention_BK = attention_to_each(model, outcome.encoded, batch.labels, found_BK)
         if "evidence" in needs and outcome.hits is not None:
-            evidence = retriever.evidence(outcome.hits)
+            assert sources.retriever is not None
+            evidence = sources.retriever.evidence(outcome.hits)
         questions = tuple(question.question for question in batch.questions)
         return Reading(
             log_likelihood_BK=alone_BK.detach(),
@@ -189,6 +190,19 @@ def with_terms(outcome: Outcome, losses: Mapping[str, RetrieverLoss], reading: R
     for name, loss in losses.items():
         loss_B = loss_B + loss.weight * terms[name]
     return replace(outcome, loss_B=loss_B, terms={**outcome.terms, **terms})
+
+
+def check_weighted(objective: Objective, weight: float, setting: str) -> None:
+    """Refuses retriever losses in an objective whose loss counts nothing beside a teacher or a reward.
+
+    Raises:
+        ConfigError: Names them, and the setting that leaves them out.
+    """
+    if isinstance(objective, MarginalObjective) and objective.retriever_losses and weight == 0:
+        raise ConfigError(
+            f"retriever_loss: {', '.join(objective.retriever_losses)} would be computed and count nothing, as "
+            f"{setting}=0 leaves out the whole objective. Raise it, or leave retriever_loss out."
+        )
 
 
 def attention_to_each(
@@ -220,5 +234,29 @@ def without_each(
         others_BK[:, place] = False
         others_BK = torch.where(others_BK.any(dim=1, keepdim=True), others_BK, found_BK)
         output = model.generator.score(encoded.fused(others_BK), labels_BT1, 1)
+        columns.append(passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0])
+    return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def stuffed_without_each(
+    model: RagModel, assembler: ContextAssembler, ids_BK: Int[Tensor, "B K"], batch: QuestionBatch
+) -> Float[Tensor, "B K"]:
+    """Returns ``log p(y | x, D without z_k)`` of a reader with all passages in one prompt: K prompts, each without one.
+
+    Args:
+        model: Its generator reads.
+        assembler: Writes the prompts.
+        ids_BK: Passage numbers, ``-1`` where there is none. A question's only passage is left in.
+        batch: Questions and targets.
+    """
+    columns = []
+    for place in range(ids_BK.shape[1]):
+        others_BK = ids_BK.clone()
+        others_BK[:, place] = -1
+        others_BK = torch.where((others_BK >= 0).any(dim=1, keepdim=True), others_BK, ids_BK)
+        output = model.generator.score(
+            model.generator.encode(assembler.stuffed(others_BK, batch.prompt)), batch.labels, 1
+        )
         columns.append(passage_log_likelihood(output.token_log_probs_BKT, output.target_mask_BT)[:, 0])
     return torch.stack(columns, dim=1)

@@ -5,7 +5,6 @@ All functions work on S sets of K passages for each question, drawn from C candi
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.decoding.constraints import OutputRules
 from rag_lightning.decoding.decode import decode
-from rag_lightning.decoding.options import DecodingMode
+from rag_lightning.decoding.options import DecodingMode, DecodingOptions
 from rag_lightning.decoding.sampling import sample
 from rag_lightning.generators.base import EncodedContexts
 from rag_lightning.losses.marginal import doc_log_prior
@@ -55,17 +55,26 @@ def answers_to(
     scores_NK: Float[Tensor, "N K"],
     rng: torch.Generator | None,
 ) -> Int[Tensor, "N T1"]:
-    """Returns an answer to each set of passages: drawn from the model as it is, or without ``rng`` the greedy one."""
+    """Returns an answer to each set of passages: drawn from the model as it is, or without ``rng`` the greedy one.
+
+    Stop strings end an answer, as they do in evaluation. Other rules would make tokens certain that ``log π`` counts.
+    """
     prior_NK = doc_log_prior(scores_NK, model.settings.temperature)
-    options = replace(
-        model.decoding_options, num_beams=1, num_return=1, sample=False, temperature=1.0, top_k=0, top_p=1.0, stop=()
-    )
+    options, rules = stopping(model)
     if rng is None:
-        return decode(model.generator, contexts, prior_NK, options, mode=MODES[kind]).sequences_BT
+        return decode(model.generator, contexts, prior_NK, options, mode=MODES[kind], rules=rules).sequences_BT
     if kind == "fid":
         contexts, prior_NK = contexts.fused(prior_NK > -torch.inf), torch.zeros_like(prior_NK[:, :1])
     mode: Literal["rag_token", "rag_sequence"] = "rag_sequence" if kind == "rag_sequence" else "rag_token"
-    return sample(model.generator, contexts, prior_NK, options, mode=mode, num_samples=1, rng=rng).sequences_BST[:, 0]
+    drawn = sample(model.generator, contexts, prior_NK, options, mode=mode, num_samples=1, rng=rng, rules=rules)
+    return drawn.sequences_BST[:, 0]
+
+
+def stopping(model: RagModel) -> tuple[DecodingOptions, OutputRules]:
+    """Returns the model's limits on an answer without its other rules."""
+    given = model.decoding_options
+    options = DecodingOptions(max_new_tokens=given.max_new_tokens, stop=given.stop)
+    return options, model.output_rules(options).to(next(model.parameters()).device)
 
 
 def said_of(

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rag_lightning.decoding.texts import answer_texts
 from rag_lightning.encoders.bi_encoder import Tower
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.index.base import similarity
 from rag_lightning.losses.marginal import doc_log_prior
 from rag_lightning.losses.policy import (
@@ -31,7 +32,7 @@ from rag_lightning.losses.policy import (
 from rag_lightning.rag import RagModel
 from rag_lightning.training.examples import ExampleKind
 from rag_lightning.training.objectives.base import Objective, Outcome, Reads, Sources
-from rag_lightning.training.objectives.marginal import RETRIEVER, MarginalObjective
+from rag_lightning.training.objectives.marginal import RETRIEVER, MarginalObjective, check_weighted
 from rag_lightning.training.objectives.policy_draws import (
     MODES,
     answers_to,
@@ -139,6 +140,10 @@ class PolicyGradient(nn.Module):
                 f"reinforce.num_samples: expected at least {least} with baseline={self.baseline}, got "
                 f"{self.num_samples}"
             )
+        idle = {"entropy_weight": self.entropy_weight > 0, "num_candidates": self.num_candidates is not None}
+        for name in [name for name, given in idle.items() if given and "retriever" not in self.policies]:
+            raise ConfigError(f"reinforce.{name}: is the retriever's, who is not among policies={list(self.policies)}")
+        check_weighted(self.objective, self.likelihood_weight, "reinforce.likelihood_weight")
         if not self.alpha > 0:
             raise ConfigError(f"reinforce.alpha: expected a number above 0, got {self.alpha}; or set reinforce=null")
         for name in ("likelihood_weight", "alpha_delay_steps", "alpha_warmup_steps", "entropy_weight", "kl_weight"):
@@ -153,6 +158,15 @@ class PolicyGradient(nn.Module):
         """
         if model.null_passage is not None:
             raise ConfigError("reinforce: expected model.null_passage=false, as policies draw from passages alone")
+        wanted, num_passages = self.num_candidates, model.settings.num_passages
+        if wanted is not None and wanted < num_passages:
+            raise ConfigError(f"reinforce.num_candidates: expected at least K={num_passages}, got {wanted}")
+        if self.kl_weight > 0 and "retriever" in self.policies and {"passage_encoder", "fusion"} & {*trained}:
+            raise ConfigError(
+                "reinforce.kl_weight: expected a retriever whose query encoder alone learns, as its start is what is "
+                "kept; got one that trains its passage encoder or gate. Freeze them by "
+                "optim.train_passage_encoder=false and optim.train_fusion=false, or set kl_weight=0."
+            )
         if "generator" in self.policies and "generator" not in trained:
             raise ConfigError(
                 "reinforce.policies: the generator is frozen. Set optim.train_generator=true, or leave it out"
@@ -190,10 +204,13 @@ class PolicyGradient(nn.Module):
     def forward(self, model: RagModel, batch: QuestionBatch, sources: Sources) -> Outcome:
         """Returns the objective's outcome, in training with what the reward adds to its loss."""
         alpha = self.alpha_at(sources.step)
-        if not sources.teaching or (alpha == 0 and self.likelihood_weight > 0):
+        # α = 0 has a gradient of 0, which several processes want of every part that learns
+        waits = alpha == 0 and self.likelihood_weight > 0 and {*self.trains} <= {*self.objective.trains}
+        if not sources.teaching or waits:
             return self.objective(model, batch, sources)
         with nullcontext() if self.likelihood_weight > 0 else torch.no_grad():
             outcome = self.objective(model, batch, sources)
+        torch.clear_autocast_cache()  # before torch 2.11, weights cast without gradient were used again with it
         reinforced_B, figures = self._reinforce(model, batch, sources)
         terms = {**outcome.terms, "likelihood": outcome.loss_B, **figures, "policy": reinforced_B}
         loss_B = alpha * reinforced_B
@@ -231,11 +248,9 @@ class PolicyGradient(nn.Module):
         assert sources.retriever is not None
         num_passages = model.settings.num_passages
         wanted = self.num_candidates if self.num_candidates is not None else 4 * num_passages
-        if wanted < num_passages:
-            raise ConfigError(f"reinforce.num_candidates: expected at least K={num_passages}, got {wanted}")
         num_candidates = min(wanted, len(sources.retriever.corpus)) if "retriever" in self.policies else num_passages
         texts = [question.question for question in batch.questions]
-        return model.retrieve(
+        hits, scores_BC = model.retrieve(
             batch.query,
             texts,
             sources.retriever,
@@ -243,6 +258,15 @@ class PolicyGradient(nn.Module):
             reencode=sources.reencode,
             forbidden_ids=batch.forbidden_ids,
         )
+        found_B = (scores_BC > -torch.inf).sum(dim=1)
+        if "retriever" in self.policies and int(found_B.min()) < num_passages:
+            row = int(found_B.argmin())
+            raise DataError(
+                f"reinforce: expected at least K={num_passages} candidates to draw from for each question, found "
+                f"{int(found_B[row])} for {batch.questions[row].id!r}. Raise reinforce.num_candidates, search more of "
+                "an approximate index (index.nprobe, index.ef_search), or lower model.num_passages."
+            )
+        return hits, scores_BC
 
     def _draw(
         self,
@@ -305,11 +329,11 @@ class PolicyGradient(nn.Module):
     ) -> Float[Tensor, "B S"]:
         """Returns the rewards of the answers."""
         assert sources.retriever is not None
-        texts = model.generator.text_tokenizer.batch_decode(labels_NT1, skip_special_tokens=True)
+        texts = answer_texts(model.generator.text_tokenizer, labels_NT1, model.decoding_options.stop)
         ids_BSC = hits.ids_BK.to(picked_BSK.device)[:, None].expand(-1, picked_BSK.shape[1], -1)
         attempts = attempts_of(
             batch.questions,
-            [text.strip() for text in texts],
+            texts,
             log_posterior_NK,
             ids_BSC.gather(2, picked_BSK),
             sources.retriever.corpus,
@@ -325,7 +349,7 @@ class PolicyGradient(nn.Module):
         hits: Hits,
         log_policy_BC: Float[Tensor, "B C"],
     ) -> Float[Tensor, "B"]:
-        """Returns ``KL(π ‖ π₀)`` over the candidates; both see the passages' vectors as the index holds them."""
+        """Returns ``KL(π ‖ π₀)`` over the candidates; both see the vectors of the index: the passage encoder rests."""
         if self.start_query is None or batch.query is None or sources.retriever is None:
             return torch.zeros_like(log_policy_BC[:, 0])
         with torch.no_grad():

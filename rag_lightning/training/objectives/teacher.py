@@ -148,12 +148,12 @@ class Teacher:
             assembler: The student's; its tokens serve where both models write passages alike.
         """
         device = batch.labels.device
-        model, ids_BK = self.model.to(device), hits.ids_BK.to(device)
+        model, ids_BK = self.model.to(device), hits.retrieved.ids_BK.to(device)
         prompt = batch.prompt
         if (model.prompt, model.generator.affixes()) != (assembler.prompt, assembler.affixes):
             prompt, assembler = model.prompt_tokens(_texts(batch)).to(device), self._assembler_for(assembler.corpus)
-        contexts = self._contexts(assembler, ids_BK, prompt)
-        return self._read(model, contexts, self._scores(batch, ids_BK, assembler.corpus), batch.labels)
+        scores_BK = self._scores(batch, ids_BK, assembler.corpus)
+        return self._read(model, assembler, ids_BK, prompt, scores_BK, batch.labels)
 
     @torch.no_grad()
     def on_own_passages(self, batch: QuestionBatch) -> Lesson:
@@ -166,8 +166,9 @@ class Teacher:
         device, texts = batch.labels.device, _texts(batch)
         prompt = model.prompt_tokens(texts).to(device)
         if model.settings.num_passages == 0:
-            contexts = self._assembler_for(None).without_passage(prompt)
-            return self._read(model, contexts, torch.zeros(len(texts), 1, device=device), batch.labels)
+            nothing_B1 = torch.full((len(texts), 1), -1, device=device)
+            even_B1 = torch.zeros(len(texts), 1, device=device)
+            return self._read(model, self._assembler_for(None), nothing_B1, prompt, even_B1, batch.labels)
         if model.retriever_source is None:
             raise ConfigError(
                 f"distill.passages=own: expected a teacher saved with its index, {self.source} has none. Give a run "
@@ -176,8 +177,8 @@ class Teacher:
         retriever = model.default_retriever()
         query = model.query_tokens(texts).to(device) if retriever.needs_vectors else None
         hits, scores_BK = model.retrieve(query, texts, retriever)
-        contexts = self._contexts(self._assembler_for(retriever.corpus), hits.ids_BK.to(device), prompt)
-        return self._read(model, contexts, scores_BK.to(device), batch.labels)
+        assembler = self._assembler_for(retriever.corpus)
+        return self._read(model, assembler, hits.ids_BK.to(device), prompt, scores_BK.to(device), batch.labels)
 
     def _assembler_for(self, corpus: PassageCorpus | None) -> ContextAssembler:
         """Returns one that writes passages of a corpus as the teacher was trained to read them."""
@@ -188,10 +189,6 @@ class Teacher:
                 corpus=corpus, tokenizer=tokenizer, prompt=self.model.prompt, affixes=self.model.generator.affixes()
             )
         return self._assembler
-
-    def _contexts(self, assembler: ContextAssembler, ids_BK: Int[Tensor, "B K"], prompt: TokenBatch) -> TokenBatch:
-        stuffed = self.model.settings.objective == "stuffed"
-        return assembler.stuffed(ids_BK, prompt) if stuffed else assembler.contexts(ids_BK, prompt)
 
     def _scores(
         self, batch: QuestionBatch, ids_BK: Int[Tensor, "B K"], corpus: PassageCorpus | None
@@ -209,9 +206,23 @@ class Teacher:
         return even_where_empty(similarity(queries_BD, passages_BKD, model.settings.metric, found_BK))
 
     def _read(
-        self, model: RagModel, contexts: TokenBatch, scores_BK: Float[Tensor, "B K"], labels: Int[Tensor, "B T1"]
+        self,
+        model: RagModel,
+        assembler: ContextAssembler,
+        ids_BK: Int[Tensor, "B K"],
+        prompt: TokenBatch,
+        scores_BK: Float[Tensor, "B K"],
+        labels: Int[Tensor, "B T1"],
     ) -> Lesson:
-        marginal = model.marginal(RagBatch(contexts, scores_BK, labels), keep_logits=True)
+        """Reads passages as trained to; who reads them in one prompt reads each alone too, for the posterior."""
+        stuffed, alone = model.settings.objective == "stuffed" and assembler.corpus is not None, None
+        if assembler.corpus is None:
+            contexts = assembler.without_passage(prompt)
+        else:
+            contexts = assembler.for_reading(ids_BK, prompt, stuffed=stuffed)
+        if stuffed:
+            alone = model.generator.encode(assembler.contexts(ids_BK, prompt))
+        marginal = model.marginal(RagBatch(contexts, scores_BK, labels), alone=alone, keep_logits=True)
         mask_BT = labels[:, 1:] != model.generator.pad_token_id
         log_probs_SV = next_token(marginal, labels, mask_BT, model.settings.objective)
         return Lesson(log_probs_SV, marginal.log_posterior_BK)

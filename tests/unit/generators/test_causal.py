@@ -17,7 +17,7 @@ from rag_lightning.rag_parts import RagSettings
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import chat_affixes, continuation_ids
-from rag_lightning.training.objectives import MarginalObjective, PerplexityDistillation
+from rag_lightning.training.objectives import LeaveOneOut, MarginalObjective, PerplexityDistillation, Sources
 from rag_lightning.types import RagBatch, TokenBatch
 
 VOCAB_SIZE = 19
@@ -257,7 +257,6 @@ def test_answers_are_written_as_they_follow_the_prompt():
     assert tokens == ["<|bos|>", "ĠPa", "<|im_end|>"]
     joined = generator.tokenizer("Answer: Pa", add_special_tokens=False)["input_ids"]
     assert joined[-1] == model.target_tokens(["Pa"])[0, 1]
-    assert model.answers is not None
 
 
 def test_a_prompt_that_would_melt_into_the_answer_is_refused():
@@ -301,6 +300,30 @@ def test_chat_without_a_template_and_a_system_message_without_chat_are_refused()
     swallowing.chat_template = "hello"
     with pytest.raises(ConfigError, match="expected the chat template to write a user's words"):
         chat_affixes(swallowing)
+    strict = byte_tokenizer(pad="<|pad|>", chat=True)
+    strict.chat_template = "{{ raise_exception('no system turns') if messages[0]['role'] == 'system' }}" + CHATML
+    with pytest.raises(ConfigError, match="writes turns of system, user, but it says: no system turns"):
+        llama_for(strict, chat=True, system="Be short.").affixes()
+
+
+def test_a_chat_ends_an_answer_as_its_template_does_not_as_the_tokenizer():
+    tokenizer = byte_tokenizer(pad="<|pad|>", chat=True)
+    tokenizer.eos_token = "<|bos|>"
+    assert llama_for(tokenizer, chat=True).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert llama_for(tokenizer).eos_token_id == tokenizer.convert_tokens_to_ids("<|bos|>")
+
+
+def test_a_question_that_is_too_long_is_cut_and_what_stands_behind_it_is_not():
+    generator = llama_for(byte_tokenizer(pad="<|pad|>"))
+    prompt = Prompt(question_template="\nQuestion: {question}\nAnswer:", max_passage_tokens=8, max_tokens=60)
+    tokens = RagModel(encoder=None, generator=generator, prompt=prompt).prompt_tokens(["x" * 100, "y"])
+    long, short = (generator.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*_rows(tokens), strict=True))
+    assert long == "\nQuestion: " + "x" * (30 - 11 - 8) + "\nAnswer:"
+    assert short == "\nQuestion: y\nAnswer:"
+
+
+def _rows(tokens):
+    return tokens.input_ids, tokens.attention_mask
 
 
 # ---------------------------------------------------------------------- in training, saved and loaded
@@ -340,6 +363,57 @@ def test_it_trains_and_answers(kind, causal_model, tiny_run, tiny_world):
     assert all(len(prediction.passages) == 3 for prediction in run.module.predictions)
 
 
+def test_leaving_one_out_of_a_prompt_asks_again_without_each(causal_model, tiny_run):
+    """LOOP of a stuffed reader, against prompts put together by hand."""
+    losses = {"loop": LeaveOneOut(temperature=1.0, per_token=False)}
+    objective = MarginalObjective(kind="stuffed", retriever_losses=losses)
+    run = tiny_run(model=causal_model(objective="stuffed", decoding="stuffed"), objective=objective)
+    run.data.setup("fit")
+    run.data.ensure_index(step=0)
+    run.data.trainer = None
+    model = run.module.model.eval()
+    batch = next(iter(run.data.train_dataloader()))
+    with torch.no_grad():
+        outcome = objective(model, batch, Sources(run.data.assembler, run.data.retriever))
+        for row in range(len(batch.questions)):
+            useful = []
+            for place in range(3):
+                ids = outcome.hits.ids_BK[row : row + 1, [k for k in range(3) if k != place]]
+                prompt = TokenBatch(batch.prompt.input_ids[row : row + 1], batch.prompt.attention_mask[row : row + 1])
+                encoded = model.generator.encode(run.data.assembler.stuffed(ids, prompt))
+                useful.append(-model.generator.score(encoded, batch.labels[row : row + 1], 1).token_log_probs_BKT.sum())
+            target = torch.stack(useful).softmax(dim=0)
+            prior = outcome.marginal.log_prior_BK[row]
+            expected = (target * (target.log() - prior)).sum()
+            torch.testing.assert_close(outcome.terms["loop"][row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "decoding"), [("rag_token", "stuffed"), ("stuffed", "rag_token")])
+def test_a_model_may_be_tested_with_the_other_way_of_reading(objective, decoding, causal_model, tiny_run, tiny_world):
+    run = tiny_run(
+        model=causal_model(objective=objective, decoding=decoding),
+        objective=MarginalObjective(kind=objective),
+        data={"test": str(tiny_world.test)},
+        max_steps=2,
+    ).fit()
+    run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    model = run.module.model.eval()
+    for prediction, again in zip(
+        run.module.predictions[:3],
+        model.generate(run.data.questions["test"][:3], retriever=run.data.retriever),
+        strict=True,
+    ):
+        assert prediction.answer == again.answer
+        assert prediction.log_likelihood == pytest.approx(again.log_likelihood, abs=1e-4)
+
+
+def test_prompts_longer_than_the_positions_are_refused_before_training(causal_model, tiny_run):
+    model = causal_model()
+    model.prompt = Prompt(max_passage_tokens=40, max_tokens=250)
+    with pytest.raises(ConfigError, match="max_tokens=250: expected at most 248, .* 256 positions, 8 of them for the"):
+        tiny_run(model=model)
+
+
 @pytest.mark.parametrize("kind", ["rag_token", "stuffed"])
 def test_replug_teaches_the_retriever_of_a_reader_that_stays_as_it_is(kind, causal_model, tiny_run):
     losses = {"replug": PerplexityDistillation(temperature=1.0, per_token=False, direction="reverse")}
@@ -369,19 +443,21 @@ def test_stuffing_writes_all_passages_best_first_and_cuts_the_last(tiny_world, c
     model = causal_model()
     corpus = PassageCorpus.read(str(tiny_world.passages))
     tokenizer = model.generator.tokenizer
-    prompt = model.prompt_tokens(["who made it?"])
-    ids = torch.tensor([[2, -1, 0]])
-    roomy = ContextAssembler(corpus=corpus, tokenizer=tokenizer, prompt=model.prompt, affixes=([1], []))
-    whole = roomy.stuffed(ids, prompt).input_ids[0].tolist()
-    parts = roomy.passage_tokens(ids.reshape(-1).numpy())
-    assert whole == [1, *parts[0].tolist(), *parts[2].tolist(), *prompt.input_ids[0].tolist()]
+    question = model.prompt_tokens(["who made it?"])
+    asked, ids = question.input_ids[0].tolist(), torch.tensor([[2, -1, 0]])
+    separator = tokenizer(" / ", add_special_tokens=False)["input_ids"]
+    assert separator
+
+    def stuffed(max_tokens):
+        prompt = Prompt(max_passage_tokens=20, max_tokens=max_tokens, passage_separator=" / ")
+        assembler = ContextAssembler(corpus=corpus, tokenizer=tokenizer, prompt=prompt, affixes=([1], []))
+        first, _, second = (part.tolist() for part in assembler.passage_tokens(ids.reshape(-1).numpy()))
+        whole = [1, *first, *separator, *second, *asked]
+        return [assembler.stuffed(ids, question).input_ids[0].tolist() for _ in range(2)], whole
+
+    (found, _), whole = stuffed(200)
+    assert found == whole
     assert "do not fit" not in caplog.text
-    room = len(whole) - 3
-    tight_prompt = Prompt(max_passage_tokens=20, max_tokens=room)
-    tight = ContextAssembler(corpus=corpus, tokenizer=tokenizer, prompt=tight_prompt, affixes=([1], []))
-    parts = tight.passage_tokens(ids.reshape(-1).numpy())
-    for _ in range(2):
-        cut = tight.stuffed(ids, prompt).input_ids[0].tolist()
-    full = [1, *parts[0].tolist(), *parts[2].tolist(), *prompt.input_ids[0].tolist()]
-    assert len(cut) == min(room, len(full))
-    assert caplog.text.count("do not fit into one prompt") == (1 if len(full) > room else 0)
+    (cut, again), _ = stuffed(len(whole) - 3)
+    assert cut == again == whole[: len(whole) - 3 - len(asked)] + asked
+    assert caplog.text.count("do not fit into one prompt") == 1

@@ -44,3 +44,17 @@ def test_layers_that_are_not_there_are_refused_with_the_names_of_those_that_are(
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"peft.{next(iter(wrong))}: expected"):
         LoraSettings(**wrong)
+
+
+def test_one_layer_may_be_named_without_a_list(tiny_model):
+    model = tiny_model()
+    add_lora(model.generator, LoraSettings(target_modules="q_proj"))
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in model.state_dict() if ".lora_A" in name}
+    assert adapted == {"q_proj"}
+
+
+def test_adapters_of_a_generator_that_rests_are_refused(tiny_model, tiny_run):
+    model = tiny_model()
+    add_lora(model.generator, LoraSettings(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="peft: adapters were added to a generator that does not learn"):
+        tiny_run(model=model, optim={"train_generator": False})

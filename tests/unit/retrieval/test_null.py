@@ -17,6 +17,7 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.objectives import (
     Contrastive,
     CrossEncoderDistillation,
+    InBatchContrastive,
     LeaveOneOut,
     MarginalObjective,
     PerplexityDistillation,
@@ -250,3 +251,18 @@ def test_what_cannot_weigh_it_is_refused(tiny_model, tiny_generator, tiny_run, n
     with pytest.raises(ConfigError, match="model.null_passage: expected a retriever whose .* came bm25-1"):
         inspect.unwrap(check_similarities)(Words(), hits, "model.null_passage")
     assert replace(hits, has_null=True).retrieved.ids_BK.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "fid"},
+        {"kind": "stuffed"},
+        {"kind": "rag_token", "teaches_retriever": False, "retriever_losses": {"a": InBatchContrastive()}},
+    ],
+)
+def test_objectives_that_never_weigh_it_are_refused(settings, tiny_model, tiny_run):
+    model = tiny_model()
+    model.settings = replace(model.settings, null_passage=True)
+    with pytest.raises(ConfigError, match="model.null_passage: objective .* never weighs it: it would not learn"):
+        tiny_run(model=RagModel.from_parts(model.parts()), objective=MarginalObjective(**settings))

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.losses.knowledge import predictive_log_probs, soft_target_kl, tempered
+from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import RetrieverSource
 from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.training.objectives import (
@@ -21,7 +22,7 @@ from rag_lightning.training.objectives import (
     Sources,
     Teacher,
 )
-from rag_lightning.types import Hits
+from rag_lightning.types import Hits, RagBatch
 
 
 @pytest.fixture
@@ -244,7 +245,8 @@ def test_evaluation_asks_no_teacher(ready, tiny_model):
     assert asked == ["nowhere/at-all"]
     teacher.on_students_passages = None  # a call would fail
     run.module.eval()
-    outcome = outcome_of(run, batch)
+    sources = Sources(run.data.assembler, run.data.retriever, teaching=False)
+    outcome = run.module.objective(run.module.model, batch, sources)
     assert outcome.terms == {}
     torch.testing.assert_close(outcome.loss_B, outcome.marginal.nll_B)
     assert outcome.marginal.logits_BRTV is None
@@ -534,3 +536,81 @@ def test_a_teacher_without_an_index_has_no_passages_of_its_own(ready, tiny_model
     run, batch = ready(closed_book(teacher_of(tiny_model(seed=5))), tiny_model(num_passages=0))
     with pytest.raises(ConfigError, match="distill.passages=own: expected a teacher saved with its index"):
         outcome_of(run, batch)
+
+
+# ---------------------------------------------------------------------- with other ways of reading
+
+
+def with_settings(model, **settings):
+    model.settings = replace(model.settings, **settings)
+    return RagModel.from_parts(model.parts())
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_of_a_null_passage_the_teachers_posterior_says_nothing(direction, ready, tiny_model, teacher_of):
+    """Once the null passage was taken for one that the teacher holds impossible, and driven to nothing."""
+    objective = KnowledgeDistillation(
+        objective=MarginalObjective(kind="rag_token"),
+        teacher=teacher_of(tiny_model(seed=5)),
+        soft_weight=0.0,
+        hard_weight=0.0,
+        posterior_weight=1.0,
+        direction=direction,
+    )
+    run, batch = ready(objective, with_settings(tiny_model(), null_passage=True))
+    model = run.module.model.eval()
+    outcome = outcome_of(run, batch)
+    outcome.loss_B.sum().backward()
+    vector = model.null_passage.vector_D
+    assert vector.grad is None or not vector.grad.any()
+    assert any(weight.grad is not None and weight.grad.any() for weight in model.encoder.query.parameters())
+    lesson = objective.teacher.on_students_passages(batch, outcome.hits, run.data.assembler)
+    log_prior = outcome.doc_scores_BK[:, :-1].div(model.settings.temperature).log_softmax(dim=1)
+    one, other = (
+        (lesson.log_posterior_BK, log_prior) if direction == "forward" else (log_prior, lesson.log_posterior_BK)
+    )
+    torch.testing.assert_close(outcome.loss_B, (one.exp() * (one - other)).sum(dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_teacher_with_one_prompt_judges_each_passage_by_reading_it_alone(ready, tiny_model, teacher_of):
+    """Once its posterior was its prior, whatever the answer."""
+    teacher = teacher_of(with_settings(tiny_model(seed=5), objective="stuffed", decoding="stuffed"))
+    objective = KnowledgeDistillation(
+        objective=MarginalObjective(kind="rag_token"), teacher=teacher, soft_weight=1.0, posterior_weight=1.0
+    )
+    run, batch = ready(objective, tiny_model())
+    outcome = outcome_of(run, batch)
+    lesson = teacher.on_students_passages(batch, outcome.hits, run.data.assembler)
+    other = teacher.on_students_passages(
+        replace(batch, labels=batch.labels.roll(1, dims=0)), outcome.hits, run.data.assembler
+    )
+    assert not torch.allclose(lesson.log_posterior_BK, other.log_posterior_BK)
+    apart = with_settings(teacher.model, objective="rag_token")
+    contexts = run.data.assembler.contexts(outcome.hits.ids_BK, batch.prompt)
+    scores = teacher._scores(batch, outcome.hits.ids_BK, run.data.corpus)
+    expected = apart.marginal(RagBatch(contexts, scores, batch.labels)).log_posterior_BK
+    torch.testing.assert_close(lesson.log_posterior_BK, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_student_with_one_prompt_learns_from_soft_targets(ready, tiny_model, teacher_of):
+    objective = KnowledgeDistillation(
+        objective=MarginalObjective(kind="stuffed"), teacher=teacher_of(tiny_model(seed=5)), hard_weight=0.0
+    )
+    run, batch = ready(objective, with_settings(tiny_model(), objective="stuffed", decoding="stuffed"))
+    outcome_of(run, batch).loss_B.sum().backward()
+    assert moved(run.module.model) == {"generator"}
+
+
+def test_a_teacher_that_would_find_what_was_masked_is_refused(tiny_model, teacher_of):
+    with pytest.raises(ConfigError, match="distill.passages=own: expected objective.examples=questions, got salient"):
+        KnowledgeDistillation(
+            objective=MarginalObjective(kind="rag_token", examples="salient_spans"),
+            teacher=teacher_of(tiny_model(seed=5)),
+            passages="own",
+        )
+
+
+def test_retriever_losses_that_would_count_nothing_are_refused(tiny_model, teacher_of):
+    base = MarginalObjective(kind="rag_token", retriever_losses={"pdist": PerplexityDistillation()})
+    with pytest.raises(ConfigError, match="pdist would be computed and count nothing, as distill.hard_weight=0"):
+        KnowledgeDistillation(objective=base, teacher=teacher_of(tiny_model(seed=5)), hard_weight=0.0)
