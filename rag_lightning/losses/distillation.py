@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rag_lightning.losses.marginal import doc_log_prior
+from rag_lightning.losses.marginal import at_least_float32, doc_log_prior
 
 KlDirection = Literal["forward", "reverse"]
 
@@ -71,7 +71,7 @@ def passage_kl(
     (tensor([0.]), tensor([0.1308]))
     """
     _check_same(log_target_BK, log_prior_BK)
-    log_target_BK, log_prior_BK = _at_least_float32(log_target_BK.detach()), _at_least_float32(log_prior_BK)
+    log_target_BK, log_prior_BK = at_least_float32(log_target_BK.detach()), at_least_float32(log_prior_BK)
     # 0 log 0 is 0: a passage that one side excludes counts on neither
     counted_BK = (log_target_BK > -torch.inf) & (log_prior_BK > -torch.inf)
     log_target_BK = log_target_BK.masked_fill(~counted_BK, 0.0)
@@ -99,7 +99,7 @@ def leave_one_out(log_likelihood_BK: Float[Tensor, "B K"], log_prior_BK: Float[T
     tensor([[0.1000, 0.5000]])
     """
     _check_same(log_likelihood_BK, log_prior_BK)
-    log_likelihood_BK, log_prior_BK = _at_least_float32(log_likelihood_BK), _at_least_float32(log_prior_BK)
+    log_likelihood_BK, log_prior_BK = at_least_float32(log_likelihood_BK), at_least_float32(log_prior_BK)
     num_passages = log_prior_BK.shape[1]
     itself_KK = torch.eye(num_passages, dtype=torch.bool, device=log_prior_BK.device)
     prior_BKK = log_prior_BK[:, None].masked_fill(itself_KK, -torch.inf)
@@ -121,11 +121,7 @@ def emdr2(log_likelihood_BK: Float[Tensor, "B K"], log_prior_BK: Float[Tensor, "
     tensor([0.3000])
     """
     _check_same(log_likelihood_BK, log_prior_BK)
-    return -torch.logsumexp(_at_least_float32(log_likelihood_BK.detach()) + _at_least_float32(log_prior_BK), dim=1)
-
-
-def _at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return values if values.dtype == torch.float64 else values.float()
+    return -torch.logsumexp(at_least_float32(log_likelihood_BK.detach()) + at_least_float32(log_prior_BK), dim=1)
 
 
 def _check_same(one_BK: Tensor, other_BK: Tensor) -> None:

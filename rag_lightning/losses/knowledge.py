@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rag_lightning.losses.distillation import KlDirection
+from rag_lightning.losses.marginal import at_least_float32
 
 
 def predictive_log_probs(
@@ -56,13 +57,13 @@ def predictive_log_probs(
     if came != expected:
         raise ValueError(f"expected prior [B, R], targets [B, T] and mask [B, T] = {expected}, got {came}")
     with torch.autocast(logits_BRTV.device.type, enabled=False):
-        weights_BRT = _at_least_float32(doc_log_probs_BR)[:, :, None].expand(-1, -1, num_tokens)
+        weights_BRT = at_least_float32(doc_log_probs_BR)[:, :, None].expand(-1, -1, num_tokens)
         places = target_mask_BT.nonzero(as_tuple=True)
         # by row numbers: the gradient of plain indexing is summed up element by element, at twice the time
         first_S1 = (places[0] * num_readings * num_tokens + places[1])[:, None]
         rows_SR = first_S1 + num_tokens * torch.arange(num_readings, device=logits_BRTV.device)
         chosen_NV = logits_BRTV.reshape(-1, vocab_size).index_select(0, rows_SR.flatten())
-        log_probs_SRV = _at_least_float32(chosen_NV).view(*rows_SR.shape, vocab_size).log_softmax(dim=-1)
+        log_probs_SRV = at_least_float32(chosen_NV).view(*rows_SR.shape, vocab_size).log_softmax(dim=-1)
         if num_readings == 1:
             return log_probs_SRV[:, 0]
         if sequence:
@@ -90,7 +91,7 @@ def tempered(log_probs: Float[Tensor, "... V"], temperature: float) -> Float[Ten
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     with torch.autocast(log_probs.device.type, enabled=False):
-        return (_at_least_float32(log_probs) / temperature).log_softmax(dim=-1)
+        return (at_least_float32(log_probs) / temperature).log_softmax(dim=-1)
 
 
 def coarsen(log_probs_SV: Float[Tensor, "S V"], ids_SN: Int[Tensor, "S n"]) -> Float[Tensor, "S E"]:
@@ -129,7 +130,7 @@ def divergence(
             f"expected targets and log probabilities of one shape [S, E], got {tuple(log_target_SE.shape)} and "
             f"{tuple(log_probs_SE.shape)}"
         )
-    log_target_SE, log_probs_SE = _at_least_float32(log_target_SE.detach()), _at_least_float32(log_probs_SE)
+    log_target_SE, log_probs_SE = at_least_float32(log_target_SE.detach()), at_least_float32(log_probs_SE)
     log_p, log_q = (log_target_SE, log_probs_SE) if direction == "forward" else (log_probs_SE, log_target_SE)
     never = log_p == -torch.inf
     log_p, log_q = log_p.masked_fill(never, 0.0), log_q.masked_fill(never, 0.0)
@@ -173,7 +174,3 @@ def soft_target_kl(
     if rows_S.shape != each_S.shape:
         raise ValueError(f"expected {rows_S.shape[0]} scored positions, as the mask has, got {each_S.shape[0]}")
     return temperature**2 * each_S.new_zeros(target_mask_BT.shape[0]).index_add(0, rows_S, each_S)
-
-
-def _at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return values if values.dtype == torch.float64 else values.float()

@@ -40,7 +40,7 @@ def doc_log_prior(doc_scores_BK: Float[Tensor, "B K"], temperature: float = 1.0)
     if bool((doc_scores_BK == -torch.inf).all(dim=1).any()):
         raise ValueError("a question has no retrieved passage (all scores are -inf): the marginal is undefined")
     with torch.autocast(doc_scores_BK.device.type, enabled=False):
-        return (_at_least_float32(doc_scores_BK) / temperature).log_softmax(dim=1)
+        return (at_least_float32(doc_scores_BK) / temperature).log_softmax(dim=1)
 
 
 def passage_log_likelihood(
@@ -51,7 +51,7 @@ def passage_log_likelihood(
     >>> passage_log_likelihood(torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.1]]])), torch.tensor([[True, False]])).exp()
     tensor([[0.5000, 0.1000]])
     """
-    return _at_least_float32(token_log_probs).masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
+    return at_least_float32(token_log_probs).masked_fill(~target_mask[:, None], 0.0).sum(dim=2)
 
 
 def rag_sequence_log_likelihood(
@@ -188,7 +188,7 @@ def hf_smoothed_nll(
     There, RAG-Sequence combines the smoothing sums of the passages by logsumexp as if they were likelihoods and
     counts the prior V times; RAG-Token smooths the mixture. The default smoothing is :func:`smoothing_penalty`.
     """
-    log_probs_BKTV = _at_least_float32(logits_BKTV).log_softmax(dim=-1)
+    log_probs_BKTV = at_least_float32(logits_BKTV).log_softmax(dim=-1)
     prior_BK11 = doc_log_probs_BK[:, :, None, None]
     if not sequence:
         mixture_BTV = torch.logsumexp(log_probs_BKTV + prior_BK11, dim=1)
@@ -211,7 +211,8 @@ def _has_second_token(target_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B"]:
     return target_mask[:, 1]
 
 
-def _at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns the values in float32, or as they are in float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -230,4 +231,4 @@ def _checked(
         )
     if not bool(target_mask.any(dim=1).all()):
         raise ValueError("a target has no scored token: give every example a non-empty answer")
-    return _at_least_float32(token_log_probs), _at_least_float32(doc_log_probs)
+    return at_least_float32(token_log_probs), at_least_float32(doc_log_probs)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rag_lightning.losses.marginal import at_least_float32
+
 
 def draw_without_replacement(
     scores_BC: Float[Tensor, "B C"], num_passages: int, num_samples: int, rng: torch.Generator
@@ -58,7 +60,7 @@ def ordered_log_prob(scores_BC: Float[Tensor, "B C"], picked_BSK: Int[Tensor, "B
     >>> ordered_log_prob(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[[1, 0]]])).exp()  # 0.3 x 0.5 / 0.7
     tensor([[0.2143]])
     """
-    scores_BC = scores_BC if scores_BC.dtype == torch.float64 else scores_BC.float()
+    scores_BC = at_least_float32(scores_BC)
     left_BSC = scores_BC[:, None].expand(-1, picked_BSK.shape[1], -1)
     total_BS = torch.zeros_like(left_BSC[:, :, 0])
     for place in range(picked_BSK.shape[2]):
