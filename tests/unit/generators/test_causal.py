@@ -12,6 +12,7 @@ from rag_lightning.decoding.rag_token import decode_rag_token
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import Generator
 from rag_lightning.generators.causal import CausalGenerator
+from rag_lightning.generators.lora import LoraSettings, add_lora
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import RagSettings
 from rag_lightning.retrieval.contexts import ContextAssembler
@@ -461,3 +462,23 @@ def test_stuffing_writes_all_passages_best_first_and_cuts_the_last(tiny_world, c
     (cut, again), _ = stuffed(len(whole) - 3)
     assert cut == again == whole[: len(whole) - 3 - len(asked)] + asked
     assert caplog.text.count("do not fit into one prompt") == 1
+
+
+@pytest.mark.parametrize("kind", ["rag_token", "rag_sequence", "stuffed"])
+def test_with_adapters_it_trains_answers_and_is_saved_without(kind, causal_model, tiny_run, tiny_world, tmp_path):
+    pytest.importorskip("peft")
+    mode = {"rag_sequence": "rag_sequence_thorough"}.get(kind, kind)
+    model = causal_model(objective=kind, decoding=mode)
+    add_lora(model.generator, LoraSettings(rank=4, target_modules="all-linear"))
+    run = tiny_run(
+        model=model, objective=MarginalObjective(kind=kind), data={"test": str(tiny_world.test)}, max_steps=30
+    ).fit()
+    assert sum(run.recorder.losses[-5:]) < sum(run.recorder.losses[:5])
+    run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    model.eval().save_pretrained(tmp_path / "model")
+    again = RagModel.from_pretrained(tmp_path / "model")
+    assert not any("lora" in name for name, _ in again.named_parameters())
+    questions = run.data.questions["test"][:4]
+    for one, other in zip(*(m.generate(questions, retriever=run.data.retriever) for m in (model, again)), strict=True):
+        assert one.answer == other.answer
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
