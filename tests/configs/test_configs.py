@@ -66,6 +66,7 @@ REPLACEMENTS = {
     "generator/bart_base": ("generator.source={bart}",),
     "generator/bart_large": ("generator.source={bart}",),
     "generator/bart_tiny": ("generator.tokenizer={tokenizer}",),
+    "experiment/causal": ("generator.source={llama}",),
     "generator/causal_hf": ("generator.source={llama}",),
     "generator/films": ("generator.source={bart}", "generator.tokenizer={tokenizer}"),
     "generator/films_small": ("generator.source={two_layers}", "generator.tokenizer={two_layers}"),
@@ -171,6 +172,8 @@ def tiny_overrides(
         dropped = {group}
         if (group, name) == ("objective", "closed_book") or name.endswith("films/closed_book"):
             dropped.add("model.num_passages")
+        if (group, name) == ("experiment", "causal"):
+            dropped.add("generator")
         if group == "paths":
             dropped.add("paths.run_dir")
         kept = [text for text in usual if not any(text.startswith((f"{head}=", f"{head}.")) for head in dropped)]

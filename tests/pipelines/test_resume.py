@@ -113,7 +113,9 @@ def test_a_resumed_policy_knows_where_it_began(tiny_run, tiny_model, tmp_path):
             kl_weight=0.3,
         )
         return tiny_run(
-            model=tiny_model(dropout=0.2), objective=objective, **{**TRAINING, "schedule": None, **settings}
+            model=tiny_model(dropout=0.2),
+            objective=objective,
+            **{**TRAINING, "optim": {"schedule": "cosine", "warmup_steps": 2}, "schedule": None, **settings},
         )
 
     whole = run().fit()

@@ -46,7 +46,9 @@ def test_many_tokens_are_drawn_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("posteriors", [None, TokenPosteriors((), ((), (), ()))])
 def test_an_answer_without_tokens_or_passages_is_refused(posteriors: TokenPosteriors | None, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected an answer with tokens and passages, came 'ada ash' without"):
+    with pytest.raises(
+        DataError, match="expected an answer with tokens, and passages that were read apart, came 'ada ash'"
+    ):
         plot_token_posteriors(replace(PREDICTION, token_posteriors=posteriors), path=tmp_path / "heat.png")
 
 
