@@ -1,6 +1,6 @@
 """What all generators made of a transformers model share: its files, its special tokens, how targets are scored."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,15 +11,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import CheckpointError, ConfigError
-from rag_lightning.generators.base import DecoderState, EncodedContexts
+from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.generators.lora import merged
 from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
-from rag_lightning.types import GeneratorOutput, TokenBatch
+from rag_lightning.types import GeneratorOutput
 
 GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
 
 
-class PretrainedGenerator(nn.Module, ABC):
+class PretrainedGenerator(nn.Module, Generator):
     """The base of the generator families: a transformers model with its tokenizer.
 
     What a family adds is :class:`rag_lightning.generators.base.Generator`, and ``attention``.
@@ -140,36 +140,8 @@ class PretrainedGenerator(nn.Module, ABC):
         return cls.auto_class.from_config(config)
 
     @abstractmethod
-    def encode(self, contexts: TokenBatch) -> EncodedContexts:
-        """See :class:`~rag_lightning.generators.base.Generator`."""
-
-    @abstractmethod
-    def score(
-        self,
-        encoded: EncodedContexts,
-        labels_BT1: Int[Tensor, "B T1"],
-        num_passages: int,
-        *,
-        vocab_mean: bool = False,
-        keep_logits: bool = False,
-    ) -> GeneratorOutput:
-        """See :class:`~rag_lightning.generators.base.Generator`."""
-
-    @abstractmethod
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:
         """Returns how much the decoder takes from each token of its context; refuses where it cannot be known."""
-
-    @abstractmethod
-    def start(self, encoded: EncodedContexts) -> DecoderState:
-        """See :class:`~rag_lightning.generators.base.Generator`."""
-
-    @abstractmethod
-    def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
-        """See :class:`~rag_lightning.generators.base.Generator`."""
-
-    @abstractmethod
-    def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
-        """See :class:`~rag_lightning.generators.base.Generator`."""
 
     def check_length(self, num_tokens: int) -> None:
         """Refuses inputs that are longer than the model has positions.
