@@ -152,7 +152,9 @@ def linear_log_probs(
     if torch.is_autocast_enabled(states_MH.device.type):
         dtype = torch.get_autocast_dtype(states_MH.device.type)
         states_MH, weight_VH = states_MH.to(dtype), weight_VH.to(dtype)
-    log_probs_M, mean_M = _LinearLogProbs.apply(states_MH, weight_VH, bias_V, targets_M, vocab_mean, max_chunk_elements)
+    log_probs_M, mean_M = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
+        states_MH, weight_VH, bias_V, targets_M, vocab_mean, max_chunk_elements
+    )
     return log_probs_M, mean_M if vocab_mean else None
 
 

@@ -19,13 +19,9 @@ from rag_lightning.generators.lora import merged
 from rag_lightning.generators.output_layer import OutputLayer
 from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput
-from rag_lightning.utils.distributed import is_sharded
-from rag_lightning.utils.lengths import LengthGroup, length_groups, ordered_rows
+from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows
 
 GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
-
-_RUN_FLOPS = {"cpu": 1e9, "cuda": 3e12}
-"""What one more run of a model costs besides its tokens, in operations that the device could have done meanwhile."""
 
 _DECODER_RUN = 6
 """A decoder's run, against what a context's token costs it: two projections for each layer instead of twelve."""
@@ -234,7 +230,8 @@ class PretrainedGenerator(nn.Module, Generator):
                 torch.cat(states)[mask_NT], targets_S, vocab_mean=vocab_mean
             )
         else:
-            masks = mask_NT.split([len(group.rows_M) if group.rows_M is not None else len(mask_NT) for group in groups])
+            sizes = [len(mask_NT) if group.rows_M is None else len(group.rows_M) for group in groups]
+            masks = torch.split(mask_NT, sizes)
             pairs = zip(groups, masks, strict=True)
             logits = [self.output_layer.logits_at(partial(run, group), mask) for group, mask in pairs]
             log_probs_S, mean_S = picked_log_probs(upcast(torch.cat(logits)), targets_S, vocab_mean=vocab_mean)
@@ -257,14 +254,8 @@ class PretrainedGenerator(nn.Module, Generator):
             width: Of the padded block.
             decoder: Whether it is the decoder that runs, to which a token of the context costs two projections.
         """
-        if is_sharded(self.model):
-            return [LengthGroup(None, width)]
-        overhead_tokens = self.group_overhead_tokens
-        if overhead_tokens is None:
-            kind = next(self.model.parameters()).device.type
-            flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
-            overhead_tokens = _RUN_FLOPS.get(kind, _RUN_FLOPS["cuda"]) / flops_per_token
-        return length_groups(lengths, overhead_tokens=overhead_tokens * (_DECODER_RUN if decoder else 1))
+        overhead, num_runs = self.group_overhead_tokens, _DECODER_RUN if decoder else 1
+        return model_length_groups(self.model, lengths, width, overhead_tokens=overhead, num_runs=num_runs)
 
 
 def check_rows(num_contexts: int, num_targets: int, num_passages: int) -> None:

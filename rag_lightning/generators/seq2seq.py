@@ -121,7 +121,12 @@ class Seq2SeqGenerator(PretrainedGenerator):
         groups = self.length_groups(lengths, contexts.input_ids.shape[1])
         longest = max(group.length for group in groups)
         self.check_length(longest)
-        parts = [widened(self._encode_group(contexts, group), longest) for group in groups]
+        encoder = self.model.get_encoder()
+        parts = []
+        for group in groups:
+            part = group.of(contexts)
+            output = encoder(input_ids=part.input_ids, attention_mask=part.attention_mask, return_dict=True)
+            parts.append(widened(output.last_hidden_state, longest))
         return EncodedContexts(restored(parts, groups), contexts.attention_mask[:, :longest], lengths=lengths)
 
     def score(
@@ -208,15 +213,6 @@ class Seq2SeqGenerator(PretrainedGenerator):
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
         state.cache.reorder_cache(rows_M)
         return DecoderState(state.encoded.rows(rows_M), state.cache)
-
-    def _encode_group(self, contexts: TokenBatch, group: LengthGroup) -> Float[Tensor, "M L H"]:
-        ids_NL, mask_NL = contexts.input_ids, contexts.attention_mask
-        if group.rows_M is not None:
-            ids_NL, mask_NL = ids_NL[group.rows_M], mask_NL[group.rows_M]
-        states_NLH: Tensor = self.model.get_encoder()(
-            input_ids=ids_NL[:, : group.length], attention_mask=mask_NL[:, : group.length], return_dict=True
-        ).last_hidden_state
-        return states_NLH
 
     def _decode(
         self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None

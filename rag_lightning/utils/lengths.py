@@ -11,10 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from rag_lightning.types import TokenBatch
+from rag_lightning.utils.distributed import is_sharded
 
 _MAX_CUTS = 64
 """Where a batch of many rows may be cut: finer would gain nothing that can be measured."""
+
+_RUN_FLOPS = {"cpu": 1e9, "cuda": 3e12}
+"""What one more run of a model costs besides its tokens, in operations that the device could have done meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,15 @@ class LengthGroup:
 
     rows_M: Int[Tensor, "M"] | None
     length: int
+
+    def of(self, tokens: TokenBatch) -> TokenBatch:
+        """Returns the group's rows of a batch padded on the right, cut to its length."""
+        ids_NL, mask_NL = tokens.input_ids[:, : self.length], tokens.attention_mask[:, : self.length]
+        return (
+            TokenBatch(ids_NL, mask_NL)
+            if self.rows_M is None
+            else TokenBatch(ids_NL[self.rows_M], mask_NL[self.rows_M])
+        )
 
 
 def length_groups(lengths: Sequence[int], *, overhead_tokens: float, max_groups: int = 8) -> list[LengthGroup]:
@@ -57,6 +72,30 @@ def length_groups(lengths: Sequence[int], *, overhead_tokens: float, max_groups:
         LengthGroup(torch.from_numpy(order[start:end].copy()), int(ascending[end - 1]))
         for start, end in zip(starts, ends, strict=True)
     ]
+
+
+def model_length_groups(
+    model: nn.Module, lengths: Sequence[int], width: int, *, overhead_tokens: float | None = None, num_runs: float = 1.0
+) -> list[LengthGroup]:
+    """Returns the groups in which a model should read rows of these lengths.
+
+    All rows at once where the model is spread over processes: each run gathers, so all must run equally often.
+
+    Args:
+        model: What runs, whole or in part.
+        lengths: Tokens of each row.
+        width: Of the padded block.
+        overhead_tokens: What a further run costs; None estimates it from the model's size.
+        num_runs: How many runs, of so many operations for each token, a further group stands for.
+    """
+    parameters = list(model.parameters())
+    if not parameters or is_sharded(model):
+        return [LengthGroup(None, width)]
+    if overhead_tokens is None:
+        embedded = max(parameter.numel() for parameter in parameters)  # a token looks up one row of it
+        flops_per_token = 6 * max(1, sum(parameter.numel() for parameter in parameters) - embedded)
+        overhead_tokens = _RUN_FLOPS.get(parameters[0].device.type, _RUN_FLOPS["cuda"]) / flops_per_token
+    return length_groups(lengths, overhead_tokens=overhead_tokens * num_runs)
 
 
 def _cheapest_cuts(ascending: np.ndarray, overhead: float, max_groups: int) -> list[int]:
