@@ -27,6 +27,7 @@ from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.text.tokenizers import load_tokenizer, tokenizer_hash
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.hashing import hash_tensors, hash_texts
+from rag_lightning.utils.lengths import model_length_groups, real_lengths, restored
 
 
 class Tower(nn.Module):
@@ -59,10 +60,18 @@ class Tower(nn.Module):
         width = backbone.config.hidden_size
         self.projection = nn.Linear(width, projection_dim) if projection_dim is not None else None
         own_projection = getattr(backbone.config, "projection_dim", 0) if pooling == "dpr_pooler" else 0
+        self.group_overhead_tokens: float | None = None  # as a generator's
         self.dimension: int = projection_dim if projection_dim is not None else own_projection or width
 
     def forward(self, tokens: TokenBatch) -> Float[Tensor, "N D"]:
-        """Returns one vector for each text."""
+        """Returns one vector for each text; when learning, texts of like length run together."""
+        if not torch.is_grad_enabled():  # corpora are encoded in batches of like length already
+            return self._vectors(tokens)
+        lengths, width = real_lengths(tokens.attention_mask), tokens.input_ids.shape[1]
+        groups = model_length_groups(self, lengths, width, overhead_tokens=self.group_overhead_tokens)
+        return restored([self._vectors(group.of(tokens)) for group in groups], groups)
+
+    def _vectors(self, tokens: TokenBatch) -> Float[Tensor, "N D"]:
         output = self.backbone(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, return_dict=True)
         if self.pooling == "dpr_pooler":
             pooled_ND = output.pooler_output

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.types import GeneratorOutput, TensorRecord, TokenBatch
+from rag_lightning.utils.lengths import LengthGroup
 
 NO_FUSION = (
     "fid: expected an encoder-decoder, whose decoder attends to passages that were encoded apart, came a decoder-only "
@@ -24,15 +25,25 @@ class EncodedContexts(TensorRecord):
         hidden_NLH: The encoder's states; a decoder-only generator has none, and these are its input embeddings.
         attention_mask_NL: 1 on real tokens.
         can_fuse: Whether a decoder can attend to several of them at once.
+        lengths: Tokens of each up to its last real one, where they are known without asking the device.
     """
 
     hidden_NLH: Float[Tensor, "N L H"]
     attention_mask_NL: Int[Tensor, "N L"]
     can_fuse: bool = True
+    lengths: tuple[int, ...] | None = None
 
     def rows(self, rows_M: Int[Tensor, "M"]) -> "EncodedContexts":
         """Returns the contexts of the given rows, which may repeat."""
         return EncodedContexts(self.hidden_NLH[rows_M], self.attention_mask_NL[rows_M], self.can_fuse)
+
+    def group(self, group: LengthGroup) -> "EncodedContexts":
+        """Returns the contexts of a group, cut on the right to its length."""
+        hidden_NLH, mask_NL = self.hidden_NLH[:, : group.length], self.attention_mask_NL[:, : group.length]
+        if group.rows_M is not None:  # its backward adds rows, where that of indexing sorts them first
+            rows_M = group.rows_M.to(hidden_NLH.device)
+            hidden_NLH, mask_NL = hidden_NLH.index_select(0, rows_M), mask_NL.index_select(0, rows_M)
+        return EncodedContexts(hidden_NLH, mask_NL, self.can_fuse)
 
     def fused(self, found_BK: Bool[Tensor, "B K"]) -> "EncodedContexts":
         """Returns each question's K contexts behind one another, ``[B, K * L, H]``: fusion-in-decoder.

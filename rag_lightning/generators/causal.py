@@ -24,6 +24,7 @@ from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
 from rag_lightning.text.tokenizers import chat_affixes, chat_end_id, load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput, TokenBatch
+from rag_lightning.utils.lengths import LengthGroup, real_lengths
 
 
 @dataclass
@@ -145,8 +146,9 @@ class CausalGenerator(PretrainedGenerator):
     def encode(self, contexts: TokenBatch) -> EncodedContexts:
         """Returns the embedded contexts, padded on the left; see :class:`rag_lightning.generators.base.Generator`."""
         order_NL = contexts.attention_mask.argsort(dim=1, stable=True)
-        ids_NL = contexts.input_ids.gather(1, order_NL)
-        return EncodedContexts(self._embed(ids_NL), contexts.attention_mask.gather(1, order_NL), can_fuse=False)
+        ids_NL, mask_NL = contexts.input_ids.gather(1, order_NL), contexts.attention_mask.gather(1, order_NL)
+        lengths = tuple(mask_NL.sum(dim=1).clamp(min=1).tolist())
+        return EncodedContexts(self._embed(ids_NL), mask_NL, can_fuse=False, lengths=lengths)
 
     def score(
         self,
@@ -159,15 +161,25 @@ class CausalGenerator(PretrainedGenerator):
     ) -> GeneratorOutput:
         """Scores each target after each of its K contexts; see :class:`rag_lightning.generators.base.Generator`."""
         check_rows(encoded.hidden_NLH.shape[0], labels_BT1.shape[0], num_passages)
-        num_targets = labels_BT1.shape[1] - 1
+        prompts_NL, num_targets = encoded.attention_mask_NL, labels_BT1.shape[1] - 1
         answers_NTH = self._embed(labels_BT1[:, 1:-1].repeat_interleave(num_passages, dim=0))
-        prompts_NL = encoded.attention_mask_NL
-        # what stands behind the end of an answer is seen by no scored token, so it needs no mask
-        mask_NX = torch.cat([prompts_NL, prompts_NL.new_ones(answers_NTH.shape[:2])], dim=1)
-        output = self._forward(
-            torch.cat([encoded.hidden_NLH, answers_NTH], dim=1), mask_NX, logits_to_keep=num_targets, use_cache=False
-        )
-        return self.scored(output.logits[:, -num_targets:], labels_BT1, vocab_mean=vocab_mean, keep_logits=keep_logits)
+
+        def run(group: LengthGroup) -> Float[Tensor, "rows positions V"]:
+            inputs_NXH = torch.cat([encoded.hidden_NLH[:, -group.length :], answers_NTH], dim=1)
+            # what stands behind the end of an answer is seen by no scored token, so it needs no mask
+            mask_NX = torch.cat([prompts_NL[:, -group.length :], prompts_NL.new_ones(answers_NTH.shape[:2])], dim=1)
+            if group.rows_M is not None:
+                rows_M = group.rows_M.to(mask_NX.device)
+                inputs_NXH, mask_NX = inputs_NXH.index_select(0, rows_M), mask_NX.index_select(0, rows_M)
+            logits: Tensor = self._forward(inputs_NXH, mask_NX, logits_to_keep=num_targets, use_cache=False).logits
+            return logits
+
+        if keep_logits:
+            logits_NTV = run(LengthGroup(None, prompts_NL.shape[1]))[:, -num_targets:]
+            return self.scored(logits_NTV, labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
+        lengths = encoded.lengths if encoded.lengths is not None else real_lengths(prompts_NL.flip(1))
+        groups = self.length_groups(lengths, prompts_NL.shape[1])
+        return self.scored_in_groups(run, groups, labels_BT1, num_passages, vocab_mean=vocab_mean)
 
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:
         """Refuses: there is no cross-attention to look at.

@@ -1,6 +1,9 @@
 """What all generators made of a transformers model share: its files, its special tokens, how targets are scored."""
 
+import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,10 +16,15 @@ from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.generators.lora import merged
+from rag_lightning.generators.output_layer import OutputLayer
 from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput
+from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows
 
 GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
+
+_DECODER_RUN = 6
+"""A decoder's run, against what a context's token costs it: two projections for each layer instead of twelve."""
 
 
 class PretrainedGenerator(nn.Module, Generator):
@@ -31,6 +39,10 @@ class PretrainedGenerator(nn.Module, Generator):
         start_token_id: First token of every target.
         eos_token_id: Last token of every target.
         vocab_size: Rows of the output layer.
+
+    Attributes:
+        group_overhead_tokens: What a further run of the model costs, in tokens, see :mod:`rag_lightning.utils.lengths`;
+            None estimates it from the model's size. ``math.inf`` keeps every batch in one padded block.
 
     Raises:
         ConfigError: The end of an answer could not be told from padding.
@@ -59,6 +71,8 @@ class PretrainedGenerator(nn.Module, Generator):
         self.start_token_id = start_token_id
         self.eos_token_id = eos_token_id
         self.vocab_size = vocab_size
+        self.output_layer = OutputLayer(model)
+        self.group_overhead_tokens: float | None = None
         reads = getattr(model.config, "encoder", None) or model.config
         self.max_positions: int | None = getattr(reads, "max_position_embeddings", None)
         if pad_token_id == eos_token_id:
@@ -163,31 +177,85 @@ class PretrainedGenerator(nn.Module, Generator):
         vocab_mean: bool,
         keep_logits: bool,
     ) -> GeneratorOutput:
-        """Returns what logits say of the targets, each of which stands for ``K = N / B`` adjacent rows.
+        """Returns what all logits say of the targets: the plain way, for losses that look at the logits themselves.
 
         Args:
-            logits_NTV: Logits of the T tokens after the start token, ``N = B * K``.
+            logits_NTV: Logits of the T tokens after the start token; ``N = B * K`` rows, K adjacent ones for a target.
             labels_BT1: The targets.
             vocab_mean: Also the vocabulary's mean log-probability.
             keep_logits: Also the logits.
         """
         targets_BT = labels_BT1[:, 1:]
-        batch_size, num_targets = targets_BT.shape
-        num_passages = logits_NTV.shape[0] // batch_size
+        num_passages = logits_NTV.shape[0] // targets_BT.shape[0]
         mask_BT = targets_BT != self.pad_token_id
-        with torch.autocast(logits_NTV.device.type, enabled=False):
-            logits_NTV = logits_NTV if logits_NTV.dtype == torch.float64 else logits_NTV.float()
-            normaliser_NT = logits_NTV.logsumexp(dim=-1)
-            index_NT1 = targets_BT.repeat_interleave(num_passages, dim=0)[..., None]
-            log_probs_NT = logits_NTV.gather(-1, index_NT1).squeeze(-1) - normaliser_NT
-            mean_NT = logits_NTV.mean(dim=-1) - normaliser_NT if vocab_mean else None
-        shape_BKT = (batch_size, num_passages, num_targets)
+        logits_NTV = upcast(logits_NTV)
+        targets_NT = targets_BT.repeat_interleave(num_passages, dim=0)
+        log_probs_NT, mean_NT = picked_log_probs(logits_NTV, targets_NT, vocab_mean=vocab_mean)
+        shape_BKT = (targets_BT.shape[0], num_passages, targets_BT.shape[1])
         return GeneratorOutput(
             token_log_probs_BKT=log_probs_NT.view(shape_BKT).masked_fill(~mask_BT[:, None], 0.0),
             target_mask_BT=mask_BT,
             vocab_mean_BKT=mean_NT.view(shape_BKT) if mean_NT is not None else None,
             logits_BKTV=logits_NTV.view(*shape_BKT, -1) if keep_logits else None,
         )
+
+    def scored_in_groups(
+        self,
+        run: Callable[[LengthGroup], Float[Tensor, "rows positions V"]],
+        groups: Sequence[LengthGroup],
+        labels_BT1: Int[Tensor, "B T1"],
+        num_passages: int,
+        *,
+        vocab_mean: bool,
+    ) -> GeneratorOutput:
+        """Returns what the model says of the targets; the output layer runs on scored positions alone.
+
+        Args:
+            run: Runs the decoder on a group of the ``B * K`` rows and returns its logits, the last T of which are those
+                of the targets.
+            groups: The rows.
+            labels_BT1: The targets.
+            num_passages: K.
+            vocab_mean: Also the vocabulary's mean log-probability.
+        """
+        targets_BT = labels_BT1[:, 1:]
+        batch_size, num_targets = targets_BT.shape
+        mask_BT = targets_BT != self.pad_token_id
+        rows_N = ordered_rows(groups, batch_size * num_passages, targets_BT.device)
+        mask_NT, targets_NT = mask_BT[rows_N // num_passages], targets_BT[rows_N // num_passages]
+        targets_S = targets_NT[mask_NT]
+        if self.output_layer.is_linear(partial(run, groups[0])):
+            states = [self.output_layer.states(partial(run, group))[:, -num_targets:] for group in groups]
+            log_probs_S, mean_S = self.output_layer.log_probs(
+                torch.cat(states)[mask_NT], targets_S, vocab_mean=vocab_mean
+            )
+        else:
+            sizes = [len(mask_NT) if group.rows_M is None else len(group.rows_M) for group in groups]
+            masks = torch.split(mask_NT, sizes)
+            pairs = zip(groups, masks, strict=True)
+            logits = [self.output_layer.logits_at(partial(run, group), mask) for group, mask in pairs]
+            log_probs_S, mean_S = picked_log_probs(upcast(torch.cat(logits)), targets_S, vocab_mean=vocab_mean)
+        columns_T = torch.arange(num_targets, device=rows_N.device)
+        places_S = (rows_N[:, None] * num_targets + columns_T)[mask_NT]
+        shape_BKT = (batch_size, num_passages, num_targets)
+        return GeneratorOutput(
+            token_log_probs_BKT=_placed(log_probs_S, places_S, shape_BKT),
+            target_mask_BT=mask_BT,
+            vocab_mean_BKT=_placed(mean_S, places_S, shape_BKT) if mean_S is not None else None,
+        )
+
+    def length_groups(self, lengths: Sequence[int], width: int, *, decoder: bool = False) -> list[LengthGroup]:
+        """Returns rows of like length, to be run together; all in one where more runs would cost more than padding.
+
+        In one group too where the model is spread over processes: each run gathers, so all must run equally often.
+
+        Args:
+            lengths: Tokens of each row.
+            width: Of the padded block.
+            decoder: Whether it is the decoder that runs, to which a token of the context costs two projections.
+        """
+        overhead, num_runs = self.group_overhead_tokens, _DECODER_RUN if decoder else 1
+        return model_length_groups(self.model, lengths, width, overhead_tokens=overhead, num_runs=num_runs)
 
 
 def check_rows(num_contexts: int, num_targets: int, num_passages: int) -> None:
@@ -203,9 +271,29 @@ def check_rows(num_contexts: int, num_targets: int, num_passages: int) -> None:
         )
 
 
+def upcast(logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+    """Returns logits in float32, or as they are in float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def picked_log_probs(
+    logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"], *, vocab_mean: bool
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"] | None]:
+    """Returns the log-probability of each target and, if asked, the vocabulary's mean."""
+    with torch.autocast(logits.device.type, enabled=False):
+        normaliser = logits.logsumexp(dim=-1)
+        log_probs = logits.gather(-1, targets[..., None]).squeeze(-1) - normaliser
+        return log_probs, logits.mean(dim=-1) - normaliser if vocab_mean else None
+
+
+def _placed(values_S: Float[Tensor, "S"], places_S: Int[Tensor, "S"], shape: tuple[int, ...]) -> Float[Tensor, "B K T"]:
+    """Returns values at their places, zeros elsewhere."""
+    return values_S.new_zeros(math.prod(shape)).index_copy(0, places_S, values_S).view(shape)
+
+
 def next_log_probs(logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """Returns the log-probabilities of the next token, in float32 at least."""
-    return (logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()).log_softmax(dim=-1)
+    return upcast(logits_NV).log_softmax(dim=-1)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

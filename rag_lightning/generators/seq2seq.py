@@ -24,6 +24,7 @@ from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows,
 from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
+from rag_lightning.utils.lengths import LengthGroup, real_lengths, restored, widened
 
 _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
@@ -112,12 +113,21 @@ class Seq2SeqGenerator(PretrainedGenerator):
         return cls(model=model, tokenizer=tokens)
 
     def encode(self, contexts: TokenBatch) -> EncodedContexts:
-        """Runs the encoder over N contexts; see :class:`rag_lightning.generators.base.Generator`."""
-        self.check_length(contexts.input_ids.shape[1])
-        output = self.model.get_encoder()(
-            input_ids=contexts.input_ids, attention_mask=contexts.attention_mask, return_dict=True
-        )
-        return EncodedContexts(output.last_hidden_state, contexts.attention_mask)
+        """Runs the encoder over N contexts, those of like length together; trailing padding of all is dropped.
+
+        See :class:`rag_lightning.generators.base.Generator`.
+        """
+        lengths = real_lengths(contexts.attention_mask)
+        groups = self.length_groups(lengths, contexts.input_ids.shape[1])
+        longest = max(group.length for group in groups)
+        self.check_length(longest)
+        encoder = self.model.get_encoder()
+        parts = []
+        for group in groups:
+            part = group.of(contexts)
+            output = encoder(input_ids=part.input_ids, attention_mask=part.attention_mask, return_dict=True)
+            parts.append(widened(output.last_hidden_state, longest))
+        return EncodedContexts(restored(parts, groups), contexts.attention_mask[:, :longest], lengths=lengths)
 
     def score(
         self,
@@ -130,8 +140,18 @@ class Seq2SeqGenerator(PretrainedGenerator):
     ) -> GeneratorOutput:
         """Scores each target under each of its K contexts; see :class:`rag_lightning.generators.base.Generator`."""
         check_rows(encoded.hidden_NLH.shape[0], labels_BT1.shape[0], num_passages)
-        logits_NTV = self._decode(encoded, labels_BT1[:, :-1].repeat_interleave(num_passages, dim=0))
-        return self.scored(logits_NTV, labels_BT1, vocab_mean=vocab_mean, keep_logits=keep_logits)
+        inputs_NT = labels_BT1[:, :-1].repeat_interleave(num_passages, dim=0)
+        if keep_logits:
+            return self.scored(self._decode(encoded, inputs_NT), labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
+        lengths = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
+        groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
+
+        def run(group: LengthGroup) -> Float[Tensor, "rows positions V"]:
+            inputs_MT = inputs_NT if group.rows_M is None else inputs_NT[group.rows_M]
+            logits: Tensor = self._decoder_output(encoded.group(group), inputs_MT).logits
+            return logits
+
+        return self.scored_in_groups(run, groups, labels_BT1, num_passages, vocab_mean=vocab_mean)
 
     @torch.no_grad()
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:

@@ -6,11 +6,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from rag_lightning.errors import DataError
 
 T = TypeVar("T")
+
+_SHARD_MARKS = ("_fsdp_flattened", "placements", "ds_id")
+"""What only a parameter has that FSDP flattened, that is a distributed tensor, or that DeepSpeed divided."""
 
 
 def world_size() -> int:
@@ -21,6 +24,17 @@ def world_size() -> int:
 def rank() -> int:
     """Returns this process's number, 0 where no process group is running."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Returns whether a module's parameters are spread over the processes (FSDP, DeepSpeed's stage 3).
+
+    Then only its own forward may use them, which gathers them, and must run equally often in every process.
+    """
+    parameters = list(module.parameters())
+    if not parameters:  # FSDP has taken them into one of its own
+        return world_size() > 1
+    return any(hasattr(parameter, mark) for parameter in parameters for mark in _SHARD_MARKS)
 
 
 def barrier() -> None:

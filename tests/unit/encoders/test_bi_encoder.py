@@ -286,3 +286,21 @@ def test_minilm_is_the_normalised_mean_of_its_states_and_finds_like_texts_alike(
     assert alike[0, 1] > 0.6
     assert alike[0, 2] < 0.2
     assert minilm.dimension == 384
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_texts_in_groups_of_like_length_give_the_same_vectors_and_gradients(pooling):
+    torch.manual_seed(0)
+    tower = Tower(backbone=bert(), pooling=pooling).double()
+    lengths_N1 = torch.tensor([[9], [2], [5], [9], [3]])
+    mask_NL = (torch.arange(11) < lengths_N1).long()
+    tokens = TokenBatch(torch.randint(4, 20, mask_NL.shape) * mask_NL, mask_NL)
+    found = []
+    for overhead in (0.0, float("inf")):
+        tower.group_overhead_tokens = overhead
+        vectors_ND = tower(tokens)
+        tower.zero_grad()
+        (vectors_ND * torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]).sum().backward()
+        found.append([vectors_ND.detach(), *(weight.grad.clone() for weight in tower.parameters())])
+    for grouped, whole in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, whole, atol=1e-12, rtol=1e-10)

@@ -146,7 +146,9 @@ def test_gradient_reaches_every_weight(generator):
 def test_inputs_longer_than_the_positions_are_refused():
     generator = CausalGenerator(model=hf_model("llama"))
     with pytest.raises(ConfigError, match="32 positions, came 33 tokens: lower model.prompt.max_tokens"):
-        generator.score(generator.encode(random_contexts(1, length=32)), labels_of([5]), 1)
+        generator.score(
+            generator.encode(TokenBatch(torch.ones(1, 32).long(), torch.ones(1, 32).long())), labels_of([5]), 1
+        )
 
 
 # ---------------------------------------------------------------------- marginals and decoding
