@@ -15,6 +15,7 @@ from rag_lightning.text.prompts import Prompt, join_contexts
 from rag_lightning.text.token_store import TokenStore
 from rag_lightning.text.tokenizers import special_affixes
 from rag_lightning.types import Passage, TokenBatch
+from rag_lightning.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class ContextAssembler:
             questions: The B questions as :attr:`rag_lightning.types.QuestionBatch.prompt` holds them.
         """
         passages = self.passage_tokens(ids_BK.reshape(-1).cpu().numpy())
-        return self._join(passages, questions, ids_BK.shape[1]).to(ids_BK.device)
+        return to_device(self._join(passages, questions, ids_BK.shape[1]), ids_BK.device)
 
     def for_reading(self, ids_BK: Int[Tensor, "B K"], questions: TokenBatch, *, stuffed: bool) -> TokenBatch:
         """Returns :meth:`stuffed` contexts or :meth:`contexts`."""
@@ -84,7 +85,7 @@ class ContextAssembler:
             joined.append(np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64))
         contexts = self._join(joined, questions, 1)
         self._tell_of_cut_passages(joined, questions, contexts)
-        return contexts.to(ids_BK.device)
+        return to_device(contexts, ids_BK.device)
 
     def _tell_of_cut_passages(
         self, joined: Sequence[NDArray[np.integer]], questions: TokenBatch, contexts: TokenBatch
@@ -106,12 +107,12 @@ class ContextAssembler:
 
     def contexts_of(self, passages: Sequence[Passage], questions: TokenBatch) -> TokenBatch:
         """Returns contexts of passages that need not be in the corpus, one for each question, ``[B, L]``."""
-        return self._join(self._tokenise(passages), questions, 1).to(questions.input_ids.device)
+        return to_device(self._join(self._tokenise(passages), questions, 1), questions.input_ids.device)
 
     def without_passage(self, questions: TokenBatch) -> TokenBatch:
         """Returns the questions alone, ``[B, L]``: the closed-book input, and the reference of retrieval utility."""
         empty = [np.zeros(0, dtype=np.int64)] * questions.input_ids.shape[0]
-        return self._join(empty, questions, 1).to(questions.input_ids.device)
+        return to_device(self._join(empty, questions, 1), questions.input_ids.device)
 
     def passage_tokens(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.integer]]:
         """Returns the passage part of each row's context; empty for row ``-1``."""

@@ -18,6 +18,7 @@ from rag_lightning.text.token_store import TokenStore
 from rag_lightning.text.tokenizers import special_affixes
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.distributed import rank
+from rag_lightning.utils.transfer import to_device
 
 BATCHES_PER_BLOCK = 32
 TokenIds = Sequence[int] | NDArray[np.integer]
@@ -198,13 +199,5 @@ def _batches_by_length(block: Sequence[TokenIds], batch_size: int) -> list[NDArr
 
 @torch.no_grad()
 def _encode(tower: Tower, batch: TokenBatch) -> Float[Tensor, "N D"]:
-    vectors_ND: Tensor = tower(_on(next(tower.parameters()).device, batch))
+    vectors_ND: Tensor = tower(to_device(batch, next(tower.parameters()).device))
     return vectors_ND.float()
-
-
-def _on(device: torch.device, batch: TokenBatch) -> TokenBatch:
-    if device.type != "cuda":
-        return batch.to(device)
-    # from pinned memory the copy waits for nothing that the GPU still has to do
-    pinned = TokenBatch(batch.input_ids.pin_memory(), batch.attention_mask.pin_memory())
-    return pinned.to(device, non_blocking=True)

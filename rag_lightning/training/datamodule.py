@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -32,8 +33,9 @@ from rag_lightning.training.examples import (
 from rag_lightning.training.live_index import IndexSettings, LiveIndex
 from rag_lightning.training.loader import QuestionLoader
 from rag_lightning.training.pretraining_examples import MaskedExamples, pretraining_examples
-from rag_lightning.types import Question, TokenBatch
+from rag_lightning.types import Question, QuestionBatch, TokenBatch
 from rag_lightning.utils import distributed
+from rag_lightning.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 BuiltT = TypeVar("BuiltT")
@@ -265,11 +267,17 @@ class RagDataModule(L.LightningDataModule):
             raise ConfigError("RagDataModule: setup() has not run")
         return self._assembler
 
+    def transfer_batch_to_device(
+        self, batch: QuestionBatch, device: torch.device, dataloader_idx: int
+    ) -> QuestionBatch:
+        """Returns a batch on the device; Lightning's own way would neither pin a record nor go on meanwhile."""
+        return to_device(batch, device)
+
     def encoder_tokens(self, ids_BK: Int[Tensor, "B K"]) -> TokenBatch:
         """Returns the encoder's tokens of passage numbers, ``[B * K, L]``, for encoding them with gradient."""
         if self._passage_tokens is None:
             raise ConfigError("this run has no passage encoder")
-        return self._passage_tokens.batch(ids_BK.reshape(-1).cpu().numpy()).to(ids_BK.device)
+        return to_device(self._passage_tokens.batch(ids_BK.reshape(-1).cpu().numpy()), ids_BK.device)
 
     def live_vectors(self, ids_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Returns the vectors of passage numbers under the passage tower as it is now, without gradient or dropout."""

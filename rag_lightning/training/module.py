@@ -19,6 +19,7 @@ from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer,
 from rag_lightning.rag import RagModel
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.examples import RETRIEVED_FOR
+from rag_lightning.training.layers import set_up_layers
 from rag_lightning.training.objectives import (
     Contrastive,
     KnowledgeDistillation,
@@ -35,12 +36,14 @@ from rag_lightning.training.optim import (
     build_optimizer,
     build_scheduler,
     check_learns,
+    check_optimizer,
     freeze_all_but,
     modules_of,
 )
 from rag_lightning.types import Prediction, QuestionBatch
 from rag_lightning.utils import distributed
 
+OPTIMIZER_KEY = "rag_lightning_optimizer"
 Reduction = Literal["example_mean", "token_mean", "sum"]
 
 
@@ -91,6 +94,8 @@ class RagLightningModule(L.LightningModule):
             freeze_all_but(model, self.trained)
         if learns and isinstance(objective, Attaching):
             objective.attach(model, self.trained)
+        if learns:
+            set_up_layers(model, optim, self.trained)
         self.metrics = nn.ModuleDict(
             {
                 "answers": AnswerMetrics(),
@@ -325,13 +330,18 @@ class RagLightningModule(L.LightningModule):
                 part.eval()
         return self
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the optimiser's name beside its state."""
+        checkpoint[OPTIMIZER_KEY] = self.optim.name
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of other shapes before anything is overwritten.
+        """Refuses weights of other shapes, and another optimiser's state, before anything is overwritten.
 
         Raises:
             CheckpointError: Names the first tensor that differs; another vocabulary is the usual reason.
         """
         check_shapes(self.state_dict(), checkpoint["state_dict"])
+        check_optimizer(self.optim, checkpoint.get(OPTIMIZER_KEY, "adamw"))
 
 
 def check_teaches(model: RagModel, objective: Objective, trained: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Who learns, how fast, and along which schedule: one parameter group for each part of the model."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.base import Retriever
+from rag_lightning.training.eight_bit import adamw_8bit
 
 Schedule = Literal["constant", "linear", "cosine", "polynomial"]
+OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
 PARTS = ("query_encoder", "passage_encoder", "generator", "fusion")
 
 
@@ -39,6 +41,12 @@ class OptimSettings:
         schedule: What the learning rate does after warm-up.
         warmup_steps: Optimiser steps of linear warm-up from 0.
         power: Exponent of the polynomial schedule.
+        name: ``adamw``; ``adamw_fused``, the same in one kernel for all parameters, equal up to rounding (in 16-mixed
+            precision Lightning refuses it together with gradient clipping); or ``adamw_8bit``, which keeps a quarter of
+            the state, see :mod:`rag_lightning.training.eight_bit`.
+        checkpoint_activations: Parts that compute their activations again in the backward pass, and so keep few; see
+            :mod:`rag_lightning.training.layers`.
+        compile: Parts whose layers are compiled, see there.
     """
 
     lr_query_encoder: float = 1e-5
@@ -56,6 +64,9 @@ class OptimSettings:
     schedule: Schedule = "linear"
     warmup_steps: int = 0
     power: float = 1.0
+    name: OptimizerName = "adamw"
+    checkpoint_activations: Sequence[str] = ()
+    compile: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -68,6 +79,12 @@ class OptimSettings:
             raise ConfigError(f"optim.schedule: expected one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
         if self.warmup_steps < 0:
             raise ConfigError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        if self.name not in get_args(OptimizerName):
+            raise ConfigError(f"optim.name: expected one of {', '.join(get_args(OptimizerName))}, got {self.name!r}")
+        for setting in ("checkpoint_activations", "compile"):
+            unknown = [part for part in getattr(self, setting) if part not in PARTS[:3]]
+            if unknown:
+                raise ConfigError(f"optim.{setting}: expected some of {', '.join(PARTS[:3])}, got {', '.join(unknown)}")
 
     def trained_parts(self, wanted: Iterable[str]) -> tuple[str, ...]:
         """Returns the parts of ``wanted`` that are not frozen."""
@@ -151,10 +168,31 @@ def parameter_groups(model: RagModel, settings: OptimSettings) -> list[dict[str,
     return groups
 
 
-def build_optimizer(model: RagModel, settings: OptimSettings) -> torch.optim.AdamW:
-    """Returns AdamW over :func:`parameter_groups`."""
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(parameter_groups(model, settings), betas=betas, eps=settings.eps)
+def build_optimizer(model: RagModel, settings: OptimSettings) -> torch.optim.Optimizer:
+    """Returns AdamW over :func:`parameter_groups`, in the form that ``settings.name`` says.
+
+    Raises:
+        MissingExtraError: ``adamw_8bit`` without bitsandbytes.
+        ConfigError: ``adamw_8bit`` where nothing would keep 8 bits.
+    """
+    groups, betas = parameter_groups(model, settings), (settings.beta1, settings.beta2)
+    if settings.name == "adamw_8bit":
+        return adamw_8bit(groups, betas=betas, eps=settings.eps, model=model)
+    fused = True if settings.name == "adamw_fused" else None  # None is torch's own choice among the plain ones
+    return torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=fused)
+
+
+def check_optimizer(settings: OptimSettings, saved_name: str) -> None:
+    """Refuses to go on with another optimiser's state: torch would take the saved one's settings with it, unseen.
+
+    Raises:
+        CheckpointError: Names both.
+    """
+    if saved_name != settings.name:
+        raise CheckpointError(
+            f"checkpoint: expected the state of optim.name={settings.name}, came that of {saved_name}. Resume with "
+            f"optim.name={saved_name}, or start a new run from its saved model."
+        )
 
 
 def rate_factor(settings: OptimSettings, total_steps: int) -> Callable[[int], float]:

@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.fusion import ConvexFusion, GatedFusion, ReciprocalRankFusion
+from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.optim import (
     OptimSettings,
     build_optimizer,
@@ -20,6 +23,7 @@ from rag_lightning.training.optim import (
     rate_factor,
 )
 
+NAMES = ("adamw", "adamw_fused")
 ALL = ("query_encoder", "passage_encoder", "generator")
 
 
@@ -202,6 +206,7 @@ def test_a_part_that_the_model_lacks_is_not_missed(tiny_generator):
         ({"lr_query_encoder": float("nan")}, "optim.lr_query_encoder: expected a positive number, got nan"),
         ({"lr_fusion": 0.0}, r"optim.lr_fusion: expected a positive number, got 0.0; .*train_fusion=false"),
         ({"lr_passage_encoder": -1.0}, "optim.lr_passage_encoder: expected a positive number, got -1.0"),
+        ({"compile": ["reader"]}, "optim.compile: expected some of query_encoder, .*generator, got reader"),
         ({"warmup_steps": -1}, "optim.warmup_steps: expected 0 or more, got -1"),
     ],
 )
@@ -215,6 +220,66 @@ def test_an_unknown_schedule_is_refused():
     object.__setattr__(settings, "schedule", "step")  # past the type checks, which only tests have
     with pytest.raises(ConfigError, match="optim.schedule: expected one of constant, linear, .*, got 'step'"):
         settings.__post_init__()
+
+
+def test_an_unknown_optimiser_is_refused():
+    settings = OptimSettings()
+    object.__setattr__(settings, "name", "adam")
+    with pytest.raises(ConfigError, match="optim.name: expected one of adamw, adamw_fused, adamw_8bit, got 'adam'"):
+        settings.__post_init__()
+
+
+def test_the_fused_optimiser_goes_the_same_way(tiny_model):
+    models = [tiny_model() for _ in NAMES]
+    for model, name in zip(models, NAMES, strict=True):
+        freeze_all_but(model, ALL)
+        settings = OptimSettings(name=name, lr_generator=1e-2, lr_query_encoder=3e-3, weight_decay=0.1, warmup_steps=3)
+        optimizer = build_optimizer(model, settings)
+        assert {group["fused"] for group in optimizer.param_groups} == {True if name == "adamw_fused" else None}
+        scheduler = build_scheduler(optimizer, settings, total_steps=12)
+        draws = torch.Generator().manual_seed(1)
+        for _ in range(12):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draws)
+            optimizer.step()
+            scheduler.step()
+    start = tiny_model()
+    for name, weight in models[0].named_parameters():
+        torch.testing.assert_close(models[1].get_parameter(name), weight, rtol=1e-5, atol=1e-6, msg=name)
+        assert (weight - start.get_parameter(name)).abs().max() > 1e-5, name
+
+
+def test_a_run_with_the_fused_optimiser_is_the_plain_one(tiny_run):
+    plain, fused = (tiny_run(optim={"name": name, "warmup_steps": 2}, max_steps=6).fit() for name in NAMES)
+    assert [run.trainer.optimizers[0].param_groups[0]["fused"] for run in (plain, fused)] == [None, True]
+    assert fused.recorder.losses == pytest.approx(plain.recorder.losses, rel=1e-4)
+    assert fused.recorder.rates == plain.recorder.rates
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", NAMES)
+def test_another_optimisers_state_is_refused_and_its_own_resumed(name, tiny_run, tmp_path):
+    """torch would take the saved groups whole, ``fused`` included: the setting would do nothing."""
+    settings = {"index_dir": tmp_path / "index", "max_steps": 4}
+    every_step = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = tiny_run(optim={"name": name}, callbacks=[every_step], **settings).fit()
+    (other,) = {*NAMES} - {name}
+    with pytest.raises(CheckpointError, match=f"expected the state of optim.name={other}, came that of {name}"):
+        tiny_run(optim={"name": other}, **settings).fit(tmp_path / "step=2.ckpt")
+    again = tiny_run(optim={"name": name}, **settings).fit(tmp_path / "step=2.ckpt")
+    assert again.recorder.losses == whole.recorder.losses[2:]
+    for key, weight in whole.weights().items():
+        torch.testing.assert_close(again.weights()[key], weight, rtol=0, atol=0, msg=key)
+
+
+def test_a_checkpoint_from_before_optimisers_had_names_is_adamws():
+    module = RagLightningModule.__new__(RagLightningModule)
+    torch.nn.Module.__init__(module)
+    module.optim = OptimSettings(name="adamw_fused")
+    with pytest.raises(CheckpointError, match="came that of adamw"):
+        module.on_load_checkpoint({"state_dict": {}})
+    module.optim = OptimSettings()
+    module.on_load_checkpoint({"state_dict": {}})
 
 
 def test_frozen_settings_name_the_parts_that_train():

@@ -1,0 +1,128 @@
+"""How the layers of a part run where a gradient is asked for: without keeping activations, compiled, or both.
+
+Both change the layers of transformers' models (its ``GradientCheckpointingLayer``), one by one and in place, so weights
+keep their names. Where no gradient is asked for (validation, tests, refreshes, decoding) a layer runs as ever,
+and so does one that is given a cache, which must not be written twice. transformers' own switch goes by the training
+mode instead: it would drop the cache of answers that are drawn in that mode, and do nothing for a policy's likelihood,
+which is taken in evaluation mode.
+
+**Activation checkpointing** (Chen et al. 2016, "Training deep nets with sublinear memory cost") keeps a layer's input
+and computes the rest again in the backward pass, with the dropout of the first time. Losses and gradients are the same;
+it costs one more forward pass of the part.
+
+**Compiling** (``torch.compile``) generates code for each kind of layer at its first step, for batches of any length. It
+can pay on a GPU; RESULTS.md says what it does on a CPU, where it takes minutes and a C++ compiler. The numbers are
+those of the plain layer up to rounding; dropout draws others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.rag import RagModel
+from rag_lightning.training.optim import OptimSettings
+
+
+def set_up_layers(model: RagModel, settings: OptimSettings, trained: Sequence[str]) -> None:
+    """Makes the layers of the parts named in ``settings`` run as they say, and all others as ever.
+
+    Args:
+        model: Whose parts.
+        settings: ``checkpoint_activations`` and ``compile`` name the parts.
+        trained: The parts that learn.
+
+    Raises:
+        ConfigError: A part that is not there or does not learn, or whose model has no such layers.
+    """
+    backbones = backbones_of(model)
+    for backbone in backbones.values():
+        for layer in layers_of(backbone):
+            layer.__dict__.pop("forward", None)  # of an earlier set-up
+    chosen: dict[str, list[nn.Module]] = {}
+    for setting in ("checkpoint_activations", "compile"):
+        parts = getattr(settings, setting)
+        chosen[setting] = [layer for part in parts for layer in _layers_to_set(setting, part, backbones, trained)]
+    for layer in dict.fromkeys(layer for layers in chosen.values() for layer in layers):
+        compiles, checkpoints = layer in chosen["compile"], layer in chosen["checkpoint_activations"]
+        object.__setattr__(layer, "forward", partial(_forward, layer, checkpoints, compiles))
+
+
+def backbones_of(model: RagModel) -> dict[str, nn.Module]:
+    """Returns the transformers models of a model's parts by name; shared towers stand under both."""
+    backbones: dict[str, nn.Module] = {"generator": model.generator.model}
+    if model.encoder is not None:
+        backbones["query_encoder"] = model.encoder.query.backbone
+        if model.encoder.passage is not None:
+            backbones["passage_encoder"] = model.encoder.passage.backbone
+    return backbones
+
+
+def layers_of(backbone: nn.Module) -> Iterator[nn.Module]:
+    """Yields the repeated layers of a transformers model."""
+    return (module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def _layers_to_set(
+    setting: str, part: str, backbones: dict[str, nn.Module], trained: Sequence[str]
+) -> Sequence[nn.Module]:
+    if part not in backbones or part not in trained:
+        why = "does not learn in this run" if part in backbones else "is no part of this model"
+        raise ConfigError(
+            f"optim.{setting}: the {part.replace('_', ' ')} {why}, so it would do nothing there. Expected some of "
+            f"{', '.join(name for name in backbones if name in trained) or 'no part'}: leave {part} out, or train it."
+        )
+    layers = list(layers_of(backbones[part]))
+    if not layers:
+        raise ConfigError(
+            f"optim.{setting}: expected a {part.replace('_', ' ')} made of transformers' layers that keep activations, "
+            f"came {type(backbones[part]).__name__}, which has none of them: leave {part} out"
+        )
+    return layers
+
+
+def _forward(layer: nn.Module, checkpoints: bool, compiles: bool, *arguments: Any, **settings: Any) -> Any:
+    """Stands for a layer's forward. Bound by ``partial``, so that a deep copy of the layer calls itself."""
+    plain: Callable[..., Any] = type(layer).forward
+    has_cache = any(isinstance(value, Cache) for value in (*arguments, *settings.values()))
+    if has_cache or not torch.is_grad_enabled():
+        return plain(layer, *arguments, **settings)
+    forward = partial(_compiled(plain) if compiles else plain, layer)
+    if not checkpoints:
+        return forward(*arguments, **settings)
+    modes = {module: module.training for module in layer.modules()}
+    return checkpoint(
+        forward,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=True,
+        context_fn=lambda: (nullcontext(), _in_modes(modes)),
+        **settings,
+    )
+
+
+@contextmanager
+def _in_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Puts modules into the modes of the forward pass: a policy's was in evaluation mode, its backward pass is not."""
+    now = {module: module.training for module in modes}
+    for module, mode in modes.items():
+        module.training = mode
+    try:
+        yield
+    finally:
+        for module, mode in now.items():
+            module.training = mode
+
+
+@cache
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a kind of layer compiled, once for all layers of that kind and all lengths."""
+    compiled: Callable[..., Any] = torch.compile(forward, dynamic=True)
+    return compiled
