@@ -1,6 +1,7 @@
 """Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.mimetic import start_mimetic
 from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
+from rag_lightning.generators.shared_contexts import Reading, Sharing, shared_contexts
 from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
@@ -28,6 +30,30 @@ from rag_lightning.utils.lengths import LengthGroup, real_lengths, restored, wid
 
 _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
+
+
+@dataclass
+class Progress:
+    """What an encoder-decoder keeps of N partial outputs.
+
+    Attributes:
+        cache: Keys and values of the tokens so far, and of the contexts.
+        contexts_N: Which context each output reads; equal numbers are the same context.
+        can_share: Whether outputs can read one copy of a context; known after the first step.
+        sharing: Who reads which of the contexts that are kept; None where each output has its own, in its place.
+    """
+
+    cache: EncoderDecoderCache
+    contexts_N: Int[Tensor, "N"]
+    can_share: bool = False
+    sharing: Sharing | None = None
+
+    @classmethod
+    def start(cls, encoded: EncodedContexts) -> "Progress":
+        """Returns that of outputs without a token, one for each context."""
+        mask_NL = encoded.attention_mask_NL
+        numbers_N = torch.arange(mask_NL.shape[0], device=mask_NL.device)
+        return cls(EncoderDecoderCache(DynamicCache(), DynamicCache()), numbers_N)
 
 
 class Seq2SeqGenerator(PretrainedGenerator):
@@ -202,17 +228,37 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     def start(self, encoded: EncodedContexts) -> DecoderState:
         """Returns the state before the first token; see :class:`rag_lightning.generators.base.Generator`."""
-        return DecoderState(encoded, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        return DecoderState(encoded, Progress.start(encoded))
 
     def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
         """Feeds one token to each row; see :class:`rag_lightning.generators.base.Generator`."""
-        logits_N1V = self._decode(state.encoded, tokens_N[:, None], cache=state.cache)
+        so_far: Progress = state.cache
+        reading = Reading(so_far.cache, so_far.sharing)
+        with shared_contexts(self.model, reading):
+            logits_N1V = self._decode(state.encoded, tokens_N[:, None], cache=so_far.cache)
+        so_far.can_share = 0 < reading.num_shared == len(so_far.cache.cross_attention_cache.layers)
         return next_log_probs(logits_N1V[:, -1]), state
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
-        """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
-        state.cache.reorder_cache(rows_M)
-        return DecoderState(state.encoded.rows(rows_M), state.cache)
+        """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`.
+
+        The contexts stay where they are, unless most of them have no reader left.
+        """
+        so_far: Progress = state.cache
+        so_far.cache.self_attention_cache.reorder_cache(rows_M)
+        contexts_M = so_far.contexts_N[rows_M]
+        if torch.equal(contexts_M, so_far.contexts_N):
+            return state
+        if not so_far.can_share:
+            so_far.cache.cross_attention_cache.reorder_cache(rows_M)
+            return DecoderState(state.encoded.rows(rows_M), Progress(so_far.cache, contexts_M))
+        encoded, num_contexts = state.encoded, state.encoded.hidden_NLH.shape[0]
+        read_U, inverse_M = contexts_M.unique(return_inverse=True)
+        if 2 * len(read_U) <= num_contexts:
+            so_far.cache.cross_attention_cache.reorder_cache(read_U)
+            encoded, num_contexts, contexts_M = encoded.rows(read_U), len(read_U), inverse_M
+        sharing = Sharing.of(contexts_M, num_contexts)
+        return DecoderState(encoded, Progress(so_far.cache, contexts_M, can_share=True, sharing=sharing))
 
     def _decode(
         self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None
