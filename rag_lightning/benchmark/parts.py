@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rag_lightning.benchmark import corpus_work
+from rag_lightning.benchmark.answering import check_answers, hf_answers, ours_answers
 from rag_lightning.benchmark.shape import Lengths
 from rag_lightning.benchmark.sides import Kind, Run, check_same, floor_pass, hf_pass, ours_pass, training_step
 from rag_lightning.benchmark.world import World
+from rag_lightning.decoding.options import DecodingMode
 from rag_lightning.errors import ConfigError
 
 OURS, HF, HF_LONGEST, FLOOR = "ours", "hf_rag", "hf_rag_longest", "floor"
@@ -36,6 +39,7 @@ class Part:
         make: Builds the sides.
         sides: Those that it may have.
         lengths: The texts' lengths, where the part asks for its own.
+        trains: Whether it is a training step, whose memory is estimated before anything is built.
         peak: Whether the peak memory of each side is measured, in a process of its own.
     """
 
@@ -43,6 +47,7 @@ class Part:
     sides: tuple[str, ...]
     lengths: Lengths | None = None
     peak: bool = False
+    trains: bool = False
 
 
 def too_long(world: World) -> str | None:
@@ -60,6 +65,7 @@ def training(kind: Kind) -> Callable[[World], Task]:
     """Returns a training step of one kind of marginal."""
 
     def make(world: World) -> Task:
+        world.model.train()
         runs = {
             OURS: ours_pass(world, kind),
             HF: hf_pass(world, kind),
@@ -78,10 +84,66 @@ def training(kind: Kind) -> Callable[[World], Task]:
     return make
 
 
+NO_FLOOR = "bare models do not answer from several passages"
+NO_HF_FAST = "transformers has no fast decoding of RAG-Sequence"
+NO_HF_CORPUS = "transformers' RAG leaves it to others"
+
+
+def answering(kind: Kind, mode: DecodingMode, *, against_hf: bool = True) -> Callable[[World], Task]:
+    """Returns answering a batch in one mode."""
+
+    def make(world: World) -> Task:
+        world.model.eval()
+        ours, reason = ours_answers(world, mode), too_long(world)
+        if not against_hf:
+            return Task(runs={OURS: ours}, missing={HF: NO_HF_FAST, FLOOR: NO_FLOOR})
+        if reason is not None:
+            return Task(runs={OURS: ours}, missing={HF: reason, FLOOR: NO_FLOOR})
+        check = check_answers(world, kind, mode)
+        return Task(runs={OURS: ours, HF: hf_answers(world, kind)}, missing={FLOOR: NO_FLOOR}, check=check)
+
+    return make
+
+
+def retrieval(world: World) -> Task:
+    """Returns search and context assembly."""
+    world.model.train()
+    reason = "its RagRetriever searches a data set and tokenises texts in every step, which is left out of its time"
+    return Task(runs={OURS: corpus_work.retrieval(world)}, missing={HF: reason, FLOOR: "bare models retrieve nothing"})
+
+
+def passage_encoding(world: World) -> Task:
+    """Returns encoding passages, beside a plain loop over the bare encoder."""
+    world.model.eval()
+    runs = {OURS: corpus_work.ours_encoding(world), FLOOR: corpus_work.plain_encoding(world)}
+    return Task(runs=runs, missing={HF: NO_HF_CORPUS}, check=lambda: corpus_work.check_encoding(world))
+
+
+def index_build(world: World) -> Task:
+    """Returns building an exact index of vectors that are there."""
+    missing = {HF: NO_HF_CORPUS, FLOOR: "bare models have no index"}
+    return Task(runs={OURS: corpus_work.index_build(world)}, missing=missing)
+
+
+def token_store_build(world: World) -> Task:
+    """Returns building a token store, beside plain calls of the tokenizer."""
+    runs = {OURS: corpus_work.store_build(world), FLOOR: corpus_work.plain_tokenising(world)}
+    return Task(runs=runs, missing={HF: NO_HF_CORPUS})
+
+
 PARTS: dict[str, Part] = {
-    "training_step_token": Part(make=training("rag_token"), sides=SIDES, peak=True),
-    "training_step_sequence": Part(make=training("rag_sequence"), sides=SIDES, peak=True),
-    "training_step_equal_lengths": Part(make=training("rag_token"), sides=(OURS, HF, FLOOR), lengths="equal"),
+    "training_step_token": Part(make=training("rag_token"), sides=SIDES, peak=True, trains=True),
+    "training_step_sequence": Part(make=training("rag_sequence"), sides=SIDES, peak=True, trains=True),
+    "training_step_equal_lengths": Part(
+        make=training("rag_token"), sides=(OURS, HF, FLOOR), lengths="equal", trains=True
+    ),
+    "rag_token_beam": Part(make=answering("rag_token", "rag_token"), sides=(OURS, HF)),
+    "rag_sequence_fast": Part(make=answering("rag_sequence", "rag_sequence_fast", against_hf=False), sides=(OURS,)),
+    "rag_sequence_thorough": Part(make=answering("rag_sequence", "rag_sequence_thorough"), sides=(OURS, HF)),
+    "retrieval": Part(make=retrieval, sides=(OURS,)),
+    "passage_encoding": Part(make=passage_encoding, sides=(OURS, FLOOR)),
+    "index_build": Part(make=index_build, sides=(OURS,)),
+    "token_store_build": Part(make=token_store_build, sides=(OURS, FLOOR)),
 }
 
 

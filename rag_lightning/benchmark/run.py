@@ -6,7 +6,9 @@
      "ratios": {part: {"ours/hf_rag": …}},       medians of paired ratios, see benchmark/timing.py
      "missing": {part: {side: reason}},          a side that does not exist is no win
      "notes": {part: {…}},                       what was checked, and further figures
-     "shape": {…}, "texts": …, "machine": {…}, "versions": {…}, "commit": …}
+     "scaling": {series: {…}},                   see benchmark/scaling.py
+     "gpu": {…},                                 see benchmark/gpu.py; null without one
+     "asked": {…}, "shape": {…}, "texts": …, "machine": {…}, "versions": {…}, "commit": …}
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +18,13 @@ from typing import Any
 
 import torch
 
+from rag_lightning.benchmark.fit import free_bytes, too_large
+from rag_lightning.benchmark.gpu import measure_gpu
 from rag_lightning.benchmark.lengths import LengthTables
 from rag_lightning.benchmark.machine import commit, machine, versions
 from rag_lightning.benchmark.memory import peak_of
 from rag_lightning.benchmark.parts import HF_LONGEST, OURS, Part
+from rag_lightning.benchmark.scaling import ScalingSettings, check_series, measure_series
 from rag_lightning.benchmark.shape import Lengths, Shape
 from rag_lightning.benchmark.texts import TextFiles, Texts, made_texts, read_texts
 from rag_lightning.benchmark.timing import in_turn, ratio
@@ -39,6 +44,7 @@ class Plan:
         parts: By name.
         sides: Those wanted; ours always runs.
         memory: Whether peak memory is measured.
+        scaling: Which series are measured besides.
     """
 
     shape: Shape
@@ -47,6 +53,7 @@ class Plan:
     parts: Mapping[str, Part]
     sides: tuple[str, ...]
     memory: bool
+    scaling: ScalingSettings
 
 
 class Bench:
@@ -56,12 +63,21 @@ class Bench:
         plan: What to measure.
         folder: An existing folder for token stores and indexes.
         say: Tells how far it is.
+
+    Raises:
+        ConfigError: A training step does not fit into memory, or the device is not there; nothing has been built.
     """
 
     def __init__(self, plan: Plan, folder: Path, say: Say) -> None:
         self.plan, self.say = plan, say
         self._folder = folder
         self._worlds: dict[Lengths, World] = {}
+        free_bytes(plan.shape)  # refuses a device that is not there
+        self._blocked = {
+            name: too_large(self.shape(part.lengths), {*plan.sides} & {*part.sides})
+            for name, part in plan.parts.items()
+            if part.trains
+        }
 
     def world(self, lengths: Lengths | None = None) -> World:
         """Returns the world with texts of the given lengths; by default the shape's."""
@@ -72,6 +88,10 @@ class Bench:
             self._worlds.clear()  # one at a time: the peak of two would refuse shapes that fit
             self._worlds[shape.lengths] = build_world(shape, self._texts(shape), folder)
         return self._worlds[shape.lengths]
+
+    def close(self) -> None:
+        """Lets go of the world."""
+        self._worlds.clear()
 
     def shape(self, lengths: Lengths | None) -> Shape:
         """Returns the shape with texts of the given lengths."""
@@ -90,7 +110,8 @@ class Bench:
         shape = self.shape(part.lengths)
         world = self.world(part.lengths)
         task = part.make(world)
-        wanted = {OURS, *self.plan.sides} & {*part.sides}
+        blocked = self._blocked.get(name, {})
+        wanted = ({OURS, *self.plan.sides} & {*part.sides}) - {*blocked}
         runs = {side: run for side, run in task.runs.items() if side in wanted}
         notes = dict(task.check()) if len(runs) > 1 else {}
         timings, exhausted = in_turn(runs, repeats=shape.repeats, warmup=shape.warmup, synchronise=synchroniser(shape))
@@ -113,7 +134,8 @@ class Bench:
             for side, figures in sides.items()
             if side != OURS and figures["peak_mb"]
         }
-        return {"sides": sides, "ratios": ratios, "missing": {**task.missing, **exhausted}, "notes": notes}
+        missing = {**task.missing, **blocked, **exhausted}
+        return {"sides": sides, "ratios": ratios, "missing": missing, "notes": notes}
 
 
 def synchroniser(shape: Shape) -> Callable[[], None]:
@@ -128,9 +150,13 @@ def run_benchmark(plan: Plan, folder: Path, *, say: Say = lambda _: None) -> dic
         plan: What to measure.
         folder: An existing folder for token stores and indexes.
         say: Tells how far it is.
+
+    Raises:
+        ConfigError: As :class:`Bench`, or a length of a series that cannot be.
     """
     machine_found = machine()
     bench = Bench(plan, folder, say)
+    check_series(plan.shape, plan.scaling)
     results: dict[str, Any] = {}
     further: dict[str, dict[str, Any]] = {"ratios": {}, "missing": {}, "notes": {}}
     by_lengths = sorted(plan.parts, key=lambda name: str(plan.parts[name].lengths or ""))  # each world is built once
@@ -140,7 +166,27 @@ def run_benchmark(plan: Plan, folder: Path, *, say: Say = lambda _: None) -> dic
         results[name] = found["sides"]
         for key, kept in further.items():
             kept[name] = found[key]
+    _add_share(results, further["ratios"])
     ordered = {name: results[name] for name in plan.parts}
-    texts = "files" if plan.files is not None else "made up"
-    about = {"shape": asdict(plan.shape), "texts": texts, "machine": machine_found, "versions": versions()}
-    return {**ordered, **further, **about, "commit": commit()}
+    bench.close()
+    scaling = measure_series(plan.shape, plan.tables, plan.scaling, folder, say=say)
+    gpu = measure_gpu(plan.shape, plan.tables, folder, say=say) if plan.shape.device == "cuda" else None
+    return {
+        **ordered,
+        **further,
+        "scaling": scaling,
+        "gpu": gpu,
+        "asked": {"sides": list(plan.sides), "memory": plan.memory},
+        "shape": asdict(plan.shape),
+        "texts": "files" if plan.files is not None else "made up",
+        "machine": machine_found,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _add_share(results: Mapping[str, Any], ratios: dict[str, dict[str, float]]) -> None:
+    """Adds which share of a training step is search and context assembly, where both were measured."""
+    if "retrieval" in results and "training_step_token" in results:
+        times = [results[part][OURS]["median_s"] for part in ("retrieval", "training_step_token")]
+        ratios["retrieval"]["share of training_step_token"] = times[0] / times[1]

@@ -1,7 +1,7 @@
 """The sizes of a benchmark, as data: models, batch, texts, decoding, and how often each is measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
 from rag_lightning.errors import ConfigError
@@ -78,10 +78,6 @@ class Shape:
             value = getattr(self, field.name)
             if field.type is int and field.name not in ("seed", "warmup") and value < 1:
                 raise ConfigError(f"benchmark: expected {field.name} of at least 1, came {value}. Raise it.")
-        for name, values in (("device", Device), ("dtype", Dtype), ("lengths", Lengths)):
-            if getattr(self, name) not in get_args(values):
-                expected = " or ".join(get_args(values))
-                raise ConfigError(f"benchmark: expected {name} {expected}, came {getattr(self, name)!r}. Choose one.")
         for width, heads in (("encoder_width", "encoder_heads"), ("generator_width", "generator_heads")):
             if getattr(self, width) % getattr(self, heads) != 0:
                 raise ConfigError(
@@ -114,7 +110,11 @@ class Shape:
             wanted = int if known[name].type is int else str
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ConfigError(f"benchmark: expected {name} to be of type {wanted.__name__}, came {value!r}.")
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise ConfigError(f"benchmark: a size is missing: {error}. Give it, or choose shape=cpu.") from error
+        for name, values in (("device", Device), ("dtype", Dtype), ("lengths", Lengths)):
+            if name in settings and settings[name] not in get_args(values):
+                expected = " or ".join(get_args(values))
+                raise ConfigError(f"benchmark: expected {name} {expected}, came {settings[name]!r}. Choose one.")
+        missing = [name for name, field in known.items() if field.default is MISSING and name not in settings]
+        if missing:
+            raise ConfigError(f"benchmark: sizes are missing: {', '.join(missing)}. Give them, or choose shape=cpu.")
+        return cls(**settings)

@@ -118,7 +118,7 @@ def figures_of_pass(world: World, run: Run, number: int = 0) -> Figures:
     assert world.model.encoder is not None
     towers = {_ENCODER_GRADIENT: world.model.encoder.query, "generator's gradient": world.model.generator}
     norms = {
-        name: float(torch.stack([p.grad.float().norm() for p in tower.parameters() if p.grad is not None]).norm())
+        name: sum(float(p.grad.float().square().sum()) for p in tower.parameters() if p.grad is not None) ** 0.5
         for name, tower in towers.items()
     }
     world.zero_gradients()

@@ -56,7 +56,39 @@ def reasons(results: Mapping[str, Any]) -> list[str]:
         longest = results.get("ratios", {}).get(part, {}).get(f"{OURS}/{HF_LONGEST}")
         if longest is not None:
             lines.append(f"{part}: {longest:.3f} of transformers, were its contexts padded to the longest only")
+    return [*lines, *_scaling_lines(results.get("scaling") or {}), *_gpu_lines(results.get("gpu") or {})]
+
+
+def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for series, found in scaling.items():
+        for side, line in found.items():
+            if not isinstance(line, Mapping) or not line.get("sizes"):
+                continue
+            points = ", ".join(
+                f"{size}: {seconds:.3g} s" for size, seconds in zip(line["sizes"], line["median_s"], strict=True)
+            )
+            power = NOTHING if line["exponent"] is None else f"{line['exponent']:.2f}"
+            lines.append(f"scaling with {series}, {side}: {points}; exponent {power}")
+        if found.get("cost_per_passage") is not None:
+            lines.append(f"cost per passage from K = 5 on: highest / lowest {found['cost_per_passage']:.3f}")
+        for side, missing in found["missing"].items():
+            lines += [f"scaling with {series}: no {side} at {size}: {reason}" for size, reason in missing.items()]
     return lines
+
+
+def _gpu_lines(gpu: Mapping[str, Any]) -> list[str]:
+    if "reader_s" not in gpu:
+        return [f"gpu: {gpu['missing']}"] if gpu else []
+    lines = [
+        f"bfloat16 matrix products: {gpu['matmul_tflops']:.0f} TFLOP/s measured; generator forward and backward reach "
+        f"{100 * gpu['reader_flop_utilisation']:.1f} % of it, padding not counted",
+        f"the GPU is idle for {100 * gpu['idle_share']:.1f} % of a training step",
+    ]
+    return lines + [
+        f"kernel {place}: {100 * kernel['share']:.1f} %, {kernel['ms_per_step']:.2f} ms a step: {kernel['name'][:100]}"
+        for place, kernel in enumerate(gpu["top_kernels"], start=1)
+    ]
 
 
 def _told(value: Any) -> str:

@@ -51,7 +51,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 115
+NUM_FILES = 116
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
