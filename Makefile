@@ -1,5 +1,6 @@
 # make quickstart     install, train four models on the bundled films, print the table, show three answers
 # make test           the default tests, in .venv
+# make bench          ratios on this machine beside those kept in results/benchmark.json; BENCH_ARGS adds settings
 # make lint types imports wheel      what .ci/run does besides
 #
 # PYTHON=python3.12 names another interpreter. On Linux the default build of torch brings gigabytes of CUDA; without a GPU
@@ -9,13 +10,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 QUICKSTART := outputs/quickstart
 FILMS_MODEL := outputs/films_model
 
-.PHONY: install install-dev quickstart test lint types imports wheel films-model clean
+.PHONY: install install-dev quickstart test lint types imports wheel bench films-model clean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------- environment: stamps, so that a second call is quick
@@ -51,6 +53,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# fails where a ratio is worse than the kept one by more than the tolerance; seconds are never compared
+bench: $(VENV)/.installed
+	$(BIN)/rag-lightning benchmark baseline=results/benchmark.json $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

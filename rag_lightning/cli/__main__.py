@@ -11,6 +11,7 @@ COMMANDS = {
     "index": "plan, build, verify, describe or benchmark an index snapshot",
     "mine": "hard negatives for a question file",
     "report": "one table of several runs",
+    "benchmark": "this machine: ours, transformers' RAG and the bare models side by side",
 }
 INDEX_ACTIONS = ("plan", "build", "verify", "info", "benchmark")
 
@@ -24,7 +25,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rag-lightning COMMAND [key=value …]\n")
         for name, purpose in COMMANDS.items():
-            print(f"  {name:<10}{purpose}")
+            print(f"  {name:<11}{purpose}")
         print("\nrag-lightning COMMAND --help shows a command's settings.")
         return
     command = arguments[0]

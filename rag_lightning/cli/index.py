@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rag_lightning.cli import index_benchmark
 from rag_lightning.cli.build import instantiate, load_checkpoint
-from rag_lightning.cli.plan import check_plan, figures_of, peak_memory, plan_of, show_plan, timed
+from rag_lightning.cli.plan import check_plan, figures_of, plan_of, show_plan, timed
 from rag_lightning.corpora.passages import PassageCorpus, resolve
 from rag_lightning.corpora.questions import read_questions
 from rag_lightning.encoders.bi_encoder import BiEncoder
@@ -31,6 +31,7 @@ from rag_lightning.index.vectors import DTYPES
 from rag_lightning.retrieval.encode import PassageTokens, encode_questions, encoding_seconds
 from rag_lightning.training.encode_corpus import BuildSettings, encode_corpus
 from rag_lightning.utils.io import write_json
+from rag_lightning.utils.memory import peak_memory
 
 _GENERATED_ROWS = 100_000
 """How many are made to see how long all will take."""

@@ -1,9 +1,6 @@
 """``rag-lightning index plan``: what an index will cost here, and a refusal where it does not fit."""
 
-import os
-import resource
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.index.calibrate import calibrate
 from rag_lightning.index.plan import BASE_BYTES, IndexPlan, Limits, check_fits, gigabytes, plan_index
 from rag_lightning.training.encode_corpus import BuildSettings
+from rag_lightning.utils.memory import available_memory
 
 _ACTIVATIONS = 12
 """Vectors of the hidden size that a transformer layer holds for each token without gradient, roughly."""
@@ -64,21 +62,6 @@ def check_plan(config: DictConfig, plan: IndexPlan) -> None:
         disk_bytes=free_disk(Path(config.output)) if disk is None else int(disk),
     )
     check_fits(plan, limits)
-
-
-def available_memory() -> int:
-    """Returns the bytes that a new process can have without swapping: of the machine, or of its container if less."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    control_group = Path("/sys/fs/cgroup")
-    limit, used = control_group / "memory.max", control_group / "memory.current"
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def free_disk(folder: Path) -> int:
@@ -136,13 +119,3 @@ def _duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def peak_memory() -> int:
-    """Returns the highest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone; getrusage begins with what its parent had when it was started
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -31,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rag_lightning.benchmark.parts import PARTS
+from rag_lightning.cli.benchmark import plan_of
 from rag_lightning.cli.build import build_run, build_trainer, decoding_of, instantiate, recordable
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.corpora.passages import resolve
@@ -49,7 +51,7 @@ from rag_lightning.training.tracking import TrackingCallback
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 112
+NUM_FILES = 116
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -269,6 +271,19 @@ def check_mine(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     assert (config.miner, config.num_negatives, config.snapshot) == ("sparse", 10, None)
 
 
+def check_benchmark(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
+    plan = plan_of(OmegaConf.to_container(compose("benchmark", "parts=[training_step_token]"), resolve=True))
+    assert (plan.shape.name, plan.shape.num_passages, plan.shape.batch_size) == ("cpu", 5, 8)
+    assert list(plan.parts) == ["training_step_token"]
+    assert len(plan.tables.passages) == len(plan.tables.answers) == 21
+
+
+def check_shape(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    plan = plan_of(OmegaConf.to_container(compose("benchmark", f"shape={name}"), resolve=True))
+    assert plan.shape.name == name
+    assert plan.parts == PARTS
+
+
 def check_retriever(name: str, compose: Compose, tiny_overrides: Any) -> None:
     config = compose("train", *tiny_overrides("retriever", name))
     module, data, _ = built(config)
@@ -279,6 +294,7 @@ def check_retriever(name: str, compose: Compose, tiny_overrides: Any) -> None:
 
 
 PRIMARY = {
+    "benchmark.yaml": check_benchmark,
     "mine.yaml": check_mine,
     "train.yaml": check_train,
     "evaluate.yaml": check_evaluate,
@@ -418,6 +434,7 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
     "optim": check_optim,
     "paths": check_paths,
     "retriever": check_retriever,
+    "shape": check_shape,
     "sweep": check_sweep,
     "trainer": check_trainer,
 }

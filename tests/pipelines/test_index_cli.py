@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from rag_lightning.cli.index_benchmark import markdown
-from rag_lightning.cli.plan import available_memory, free_disk, peak_memory
+from rag_lightning.cli.plan import free_disk
 from rag_lightning.index.snapshot import open_snapshot
 from rag_lightning.training import encode_corpus
 from rag_lightning.utils.io import read_json
+from rag_lightning.utils.memory import available_memory, peak_memory
 
 Cli = Callable[..., None]
 ROOT = Path(__file__).parents[2]
