@@ -10,7 +10,7 @@ The conventions are transformers' (version 5): ``2 · num_beams`` candidates at 
 :class:`rag_lightning.decoding.options.DecodingOptions`. Differences, none of which shows where there are enough live
 candidates: a slot without a hypothesis holds ``-inf`` (there ``-1e9``, which can come back as an answer), outputs are
 padded with the padding token for every model (there with the end token where the padding id is 0, as in T5), and
-the first step runs once for each search instead of once for each beam.
+the first step runs once for each search instead of once for each beam. A search that is over leaves the batch.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,9 @@ from rag_lightning.decoding.constraints import NO_RULES, OutputRules, constrain,
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.types import TensorRecord
+
+SMALLEST_SUM = 1e-30
+"""Probabilities below it are added up in log space: float32 ends at 1e-38."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class Hypotheses(TensorRecord):
             self.sequences_SRT.take_along_dim(index_SM[..., None], dim=1),
             self.scores_SR.gather(1, index_SM),
             self.log_probs_SR.gather(1, index_SM),
+        )
+
+    def searches(self, index_A: Int[Tensor, "A"]) -> "Hypotheses":
+        """Returns those of some of the searches."""
+        return Hypotheses(self.sequences_SRT[index_A], self.scores_SR[index_A], self.log_probs_SR[index_A])
+
+    def replaced(self, index_A: Int[Tensor, "A"], others: "Hypotheses") -> "Hypotheses":
+        """Returns the hypotheses with those of some searches replaced by others."""
+        return Hypotheses(
+            self.sequences_SRT.index_copy(0, index_A, others.sequences_SRT),
+            self.scores_SR.to(others.scores_SR).index_copy(0, index_A, others.scores_SR),
+            self.log_probs_SR.to(others.log_probs_SR).index_copy(0, index_A, others.log_probs_SR),
         )
 
 
@@ -73,25 +88,32 @@ def beam_search(
     state = generator.start(encoded)
     running = _first_hypotheses(generator, weights_SK, options)
     finished = _no_hypotheses(running, options.num_beams)
-    open_S = torch.ones(weights_SK.shape[0], dtype=torch.bool, device=weights_SK.device)
+    open_A = torch.arange(weights_SK.shape[0], device=weights_SK.device)
     for length in range(1, options.max_new_tokens + 1):
         tokens_N = running.sequences_SRT[:, :, length - 1].flatten().repeat_interleave(weights_SK.shape[1])
         log_probs_NV, state = generator.step(tokens_N, state)
-        candidates, parents_SC = _extend(running, mixture(log_probs_NV, weights_SK), length, options, rules, generator)
+        mixture_ARV = mixture(log_probs_NV, weights_SK[open_A])
+        candidates, parents_AC = _extend(running, mixture_ARV, length, options, rules, generator)
         written_NT = candidates.sequences_SRT[:, :, : length + 1].flatten(0, 1)
-        ended_SC = ended(written_NT, options, rules, generator.eos_token_id).view_as(parents_SC)
-        finished = _finish(finished, candidates, ended_SC & open_S[:, None], length, options)
-        running, picks_SR = _keep_running(candidates, ended_SC, options.num_beams)
-        open_S = open_S & _may_improve(running, finished, length, options)
-        if length == options.max_new_tokens or not bool(open_S.any()):
+        ended_AC = ended(written_NT, options, rules, generator.eos_token_id).view_as(parents_AC)
+        best = _finish(finished.searches(open_A), candidates, ended_AC, length, options)
+        finished = finished.replaced(open_A, best)
+        running, picks_AR = _keep_running(candidates, ended_AC, options.num_beams)
+        going_A = _may_improve(running, best, length, options).nonzero()[:, 0]
+        if length == options.max_new_tokens or len(going_A) == 0:
             break
-        if options.num_beams > 1:
-            state = generator.reorder(state, _rows(parents_SC.gather(1, picks_SR), weights_SK.shape[1], length))
+        if options.num_beams > 1 or len(going_A) < len(open_A):
+            groups_AR = going_A[:, None] * mixture_ARV.shape[1] + parents_AC.gather(1, picks_AR)[going_A]
+            state = generator.reorder(state, _rows(groups_AR, weights_SK.shape[1]))
+            running, open_A = running.searches(going_A), open_A[going_A]
     return _without_leftovers(finished, generator.pad_token_id)
 
 
 def mixture(log_probs_NV: Float[Tensor, "N V"], weights_SK: Float[Tensor, "S K"]) -> Float[Tensor, "S R V"]:
     """Returns ``log Σ_k w_k p_k(v)`` of each search's R hypotheses; rows are ordered search, hypothesis, passage.
+
+    Probabilities are summed as they are, which moves less memory than ``logsumexp``, and those too small for it in log
+    space. The result may share memory with the input.
 
     >>> rows = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
     >>> mixture(rows, torch.tensor([[0.25, 0.75]]).log()).exp()
@@ -99,7 +121,14 @@ def mixture(log_probs_NV: Float[Tensor, "N V"], weights_SK: Float[Tensor, "S K"]
     """
     num_searches, num_passages = weights_SK.shape
     log_probs_SRKV = log_probs_NV.view(num_searches, -1, num_passages, log_probs_NV.shape[1])
-    return torch.logsumexp(log_probs_SRKV + weights_SK[:, None, :, None], dim=2)
+    if num_passages == 1:
+        return log_probs_SRKV[:, :, 0]  # the weight of an only passage is 1
+    mixed_SRV = (weights_SK.to(log_probs_NV.dtype).exp()[:, None, None] @ log_probs_SRKV.exp())[:, :, 0]
+    searches_M, hypotheses_M, tokens_M = (mixed_SRV < SMALLEST_SUM).nonzero(as_tuple=True)
+    rare_MK = log_probs_SRKV[searches_M, hypotheses_M, :, tokens_M] + weights_SK[searches_M]
+    log_mixed_SRV = mixed_SRV.log_()
+    log_mixed_SRV[searches_M, hypotheses_M, tokens_M] = rare_MK.logsumexp(dim=1).to(log_mixed_SRV.dtype)
+    return log_mixed_SRV
 
 
 def _first_hypotheses(generator: Generator, weights_SK: Float[Tensor, "S K"], options: DecodingOptions) -> Hypotheses:
@@ -127,17 +156,21 @@ def _extend(
     _, num_running, vocab_size = mixture_SRV.shape
     prefixes_NT = running.sequences_SRT[:, :, :length].flatten(0, 1)
     allowed_NV = constrain(mixture_SRV.flatten(0, 1), prefixes_NT, options, generator.eos_token_id, rules)
-    scores_SX = (running.scores_SR[..., None] + allowed_NV.view_as(mixture_SRV)).flatten(1)
+    num_each = min(2 * options.num_beams, vocab_size)  # no hypothesis has more extensions among the best
+    allowed_SRE, tokens_SRE = allowed_NV.view_as(mixture_SRV).topk(num_each, dim=2)
+    scores_SX = (running.scores_SR[..., None] + allowed_SRE).flatten(1)
     num_missing = max(0, 2 * options.num_beams - scores_SX.shape[1])  # a vocabulary smaller than the beam
     scores_SX = torch.nn.functional.pad(scores_SX, (0, num_missing), value=-torch.inf)
-    scores_SC, index_SC = scores_SX.topk(2 * options.num_beams, dim=1)
-    index_SC = index_SC.clamp(max=num_running * vocab_size - 1)
-    parents_SC, tokens_SC = index_SC // vocab_size, index_SC % vocab_size
+    scores_SC, place_SC = scores_SX.topk(2 * options.num_beams, dim=1)
+    place_SC = place_SC.clamp(max=num_running * num_each - 1)
+    parents_SC, tokens_SC = place_SC // num_each, tokens_SRE.flatten(1).gather(1, place_SC)
     parents = running.pick(parents_SC)
     sequences_SCT = parents.sequences_SRT
     sequences_SCT[:, :, length] = tokens_SC
     counted = (tokens_SC != generator.pad_token_id) & (length > 1 or options.forced_bos_token_id is None)
-    token_log_probs_SC = mixture_SRV.flatten(1).gather(1, index_SC).masked_fill(~counted, 0.0)
+    token_log_probs_SC = (
+        mixture_SRV.flatten(1).gather(1, parents_SC * vocab_size + tokens_SC).masked_fill(~counted, 0.0)
+    )
     return Hypotheses(sequences_SCT, scores_SC, parents.log_probs_SR + token_log_probs_SC), parents_SC
 
 
@@ -178,13 +211,9 @@ def _may_improve(running: Hypotheses, finished: Hypotheses, length: int, options
     return may_improve_S & (worst_finished_S == -torch.inf) if options.early_stopping else may_improve_S
 
 
-def _rows(parents_SR: Int[Tensor, "S R"], num_passages: int, length: int) -> Int[Tensor, "N"]:
-    """Returns the generator rows (search, hypothesis, passage) of the hypotheses that the kept ones extend."""
-    num_searches, num_beams = parents_SR.shape
-    num_before = 1 if length == 1 else num_beams
-    searches_S1 = torch.arange(num_searches, device=parents_SR.device)[:, None]
-    groups_SR1 = (searches_S1 * num_before + parents_SR)[..., None]
-    return (groups_SR1 * num_passages + torch.arange(num_passages, device=parents_SR.device)).flatten()
+def _rows(groups_SR: Int[Tensor, "S R"], num_passages: int) -> Int[Tensor, "N"]:
+    """Returns the generator rows (search, hypothesis, passage) of groups (search, hypothesis) of one row a passage."""
+    return (groups_SR[..., None] * num_passages + torch.arange(num_passages, device=groups_SR.device)).flatten()
 
 
 def _without_leftovers(finished: Hypotheses, pad_token_id: int) -> Hypotheses:

@@ -29,6 +29,7 @@ from torch import Tensor
 from rag_lightning.decoding.beam import Hypotheses, beam_search
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules
 from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs, decoded_of, trimmed
+from rag_lightning.decoding.prefixes import score_pairs
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.losses.marginal import rag_sequence_log_likelihood
 
@@ -71,8 +72,13 @@ def decode_rag_sequence(
         holes_UK = table_UK.isneginf() & ~prior_UK.isneginf() & ~bare_U[:, None]
         rows_P, passages_P = holes_UK.nonzero(as_tuple=True)
         contexts_P = questions_U[rows_P] * num_passages + passages_P
-        table_UK[rows_P, passages_P] = _score_pairs(
-            generator, encoded, sequences_UT[rows_P], contexts_P, options, max_scored_elements
+        table_UK[rows_P, passages_P] = score_pairs(
+            generator,
+            encoded,
+            sequences_UT[rows_P],
+            contexts_P,
+            first=0 if options.forced_bos_token_id is None else 1,
+            max_elements=max_scored_elements,
         ).to(table_UK.dtype)
     whole_U1 = torch.ones_like(questions_U, dtype=torch.bool)[:, None]
     marginal_U = rag_sequence_log_likelihood(table_UK[..., None], prior_UK, whole_U1)
@@ -111,35 +117,6 @@ def candidate_table(
     table_UK = log_probs_N.new_full((keyed_UT.shape[0], num_passages), -torch.inf)
     table_UK[candidates_N, searches_N % num_passages] = log_probs_N
     return keyed_UT[:, 1:], keyed_UT[:, 0], table_UK
-
-
-def _score_pairs(
-    generator: Generator,
-    encoded: EncodedContexts,
-    sequences_PT: Int[Tensor, "P T1"],
-    contexts_P: Int[Tensor, "P"],
-    options: DecodingOptions,
-    max_elements: int,
-) -> Float[Tensor, "P"]:
-    """Returns ``log p(y | x, z)`` of each (sequence, context) pair, in chunks of similar length."""
-    first = 0 if options.forced_bos_token_id is None else 1
-    _, num_tokens, num_hidden = encoded.hidden_NLH.shape
-    elements = max(sequences_PT.shape[1] * generator.vocab_size, num_tokens * num_hidden)
-    chunk_size = max(1, max_elements // elements)
-    log_probs_P = encoded.hidden_NLH.new_zeros(sequences_PT.shape[0], dtype=torch.float64)
-    order_P = _by_length(sequences_PT, generator.pad_token_id)
-    for start in range(0, order_P.shape[0], chunk_size):
-        pairs_C = order_P[start : start + chunk_size]
-        rows_C = contexts_P[pairs_C]
-        contexts = encoded.rows(rows_C)
-        labels_CT = trimmed(sequences_PT[pairs_C], generator.pad_token_id)
-        scored = generator.score(contexts, labels_CT, 1)
-        log_probs_P[pairs_C] = scored.token_log_probs_BKT[:, 0, first:].sum(dim=1).double()
-    return log_probs_P
-
-
-def _by_length(sequences_PT: Int[Tensor, "P T1"], pad_token_id: int) -> Int[Tensor, "P"]:
-    return (sequences_PT != pad_token_id).sum(dim=1).argsort(stable=True)
 
 
 def best_of_each(

@@ -253,7 +253,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             so_far.cache.cross_attention_cache.reorder_cache(rows_M)
             return DecoderState(state.encoded.rows(rows_M), Progress(so_far.cache, contexts_M))
         encoded, num_contexts = state.encoded, state.encoded.hidden_NLH.shape[0]
-        read_U, inverse_M = contexts_M.unique(return_inverse=True)
+        read_U, inverse_M = torch.unique(contexts_M, return_inverse=True)
         if 2 * len(read_U) <= num_contexts:
             so_far.cache.cross_attention_cache.reorder_cache(read_U)
             encoded, num_contexts, contexts_M = encoded.rows(read_U), len(read_U), inverse_M

@@ -10,7 +10,7 @@ for each family that takes its attention from there and its keys from an ``Encod
 is seen at its first step: :attr:`Reading.num_shared` counts the layers that came by.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from rag_lightning.types import TensorRecord
 
 USUAL = "sdpa"
 NAME = "sdpa_shared_contexts"
+_sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def shared_contexts(model: nn.Module, reading: Reading) -> Iterator[None]:
         model: A transformers model, possibly wrapped; of its parts those take part that use transformers' ``sdpa``.
         reading: The step to take.
     """
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     usual = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     token = _reading.set(reading)
     try:
@@ -119,13 +120,13 @@ def shared_context_attention(
     """
     reading = _reading.get()
     if reading is None or not any(key is layer.keys for layer in reading.cache.cross_attention_cache.layers):
-        return sdpa_attention_forward(module, query_NHTD, key, value, attention_mask, **settings)
+        return _sdpa(module, query_NHTD, key, value, attention_mask, **settings)
     reading.num_shared += 1
     settings["is_causal"] = False
     if reading.sharing is None:
-        return sdpa_attention_forward(module, query_NHTD, key, value, attention_mask, **settings)
+        return _sdpa(module, query_NHTD, key, value, attention_mask, **settings)
     query_CHRD = query_NHTD[:, :, 0][reading.sharing.rows_CR].transpose(1, 2)
-    read_CRHD, _ = sdpa_attention_forward(module, query_CHRD, key, value, attention_mask, **settings)
+    read_CRHD, _ = _sdpa(module, query_CHRD, key, value, attention_mask, **settings)
     return read_CRHD.flatten(0, 1)[reading.sharing.slots_N][:, None], None
 
 

@@ -18,14 +18,12 @@ class TableGenerator:
     """``log p(next | context, prefix)`` is a row of ``table[context, prefix number]``.
 
     Prefixes are numbered as nodes of a tree: the empty one is 0, and ``prefix + [v]`` is ``number * V + v + 1``.
-    Padding and start have probability 0 everywhere, as a trained model would have it. Counts its calls.
+    Padding and start have probability 0 everywhere, as a trained model would have it. Counts the rows of its steps.
     """
 
     table_CNV: Tensor
     max_tokens: int
-    scored_pairs: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    num_steps: int = 0
-    largest_chunk: int = 0
+    num_rows: list[int] = field(default_factory=list)
     pad_token_id: int = PAD
     start_token_id: int = START
     eos_token_id: int = EOS
@@ -33,6 +31,10 @@ class TableGenerator:
     @property
     def vocab_size(self) -> int:
         return self.table_CNV.shape[2]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.num_rows)
 
     @classmethod
     def random(
@@ -57,7 +59,7 @@ class TableGenerator:
         return DecoderState(encoded, None)
 
     def step(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        self.num_steps += 1
+        self.num_rows.append(tokens_N.shape[0])
         assert tokens_N.shape[0] == state.encoded.hidden_NLH.shape[0]
         numbers_N = torch.zeros_like(tokens_N) if state.cache is None else state.cache * self.vocab_size + tokens_N + 1
         rows_NV = self.table_CNV[state.encoded.hidden_NLH[:, 0, 0].long(), numbers_N]
@@ -77,13 +79,11 @@ class TableGenerator:
         keep_logits: bool = False,
     ) -> GeneratorOutput:
         contexts_N = encoded.hidden_NLH[:, 0, 0].long().tolist()
-        self.largest_chunk = max(self.largest_chunk, len(contexts_N))
         targets_BT = labels_BT1[:, 1:]
         log_probs_BKT = torch.zeros(len(labels_BT1), num_passages, targets_BT.shape[1], dtype=torch.float64)
         for row, context in enumerate(contexts_N):
             question, passage = divmod(row, num_passages)
             tokens = tuple(token for token in targets_BT[question].tolist() if token != PAD)
-            self.scored_pairs.append((context, tokens))
             log_probs_BKT[question, passage, : len(tokens)] = torch.tensor(self.token_log_probs(context, tokens))
         return GeneratorOutput(token_log_probs_BKT=log_probs_BKT, target_mask_BT=targets_BT != PAD)
 

@@ -5,9 +5,24 @@ from hypothesis import strategies as st
 
 from rag_lightning.decoding.beam import beam_search
 from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.decoding.prefixes import score_pairs
 from rag_lightning.decoding.rag_sequence import candidate_table, decode_rag_sequence
 from rag_lightning.losses.marginal import rag_sequence_log_likelihood
 from tests.unit.decoding.table_generator import EOS, TableGenerator, answer, random_prior
+
+
+@pytest.fixture
+def scored_pairs(monkeypatch):
+    """The (context, tokens) pairs that thorough decoding scores beyond those of the beams."""
+    pairs = []
+
+    def spy(generator, encoded, sequences_PT, contexts_P, **settings):
+        for sequence, context in zip(sequences_PT, contexts_P.tolist(), strict=True):
+            pairs.append((context, answer(sequence)))
+        return score_pairs(generator, encoded, sequences_PT, contexts_P, **settings)
+
+    monkeypatch.setattr("rag_lightning.decoding.rag_sequence.score_pairs", spy)
+    return pairs
 
 
 def both(generator, prior, options, **settings):
@@ -19,7 +34,7 @@ def both(generator, prior, options, **settings):
 
 @pytest.mark.parametrize("thorough", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_wide_beam_returns_the_likeliest_answer_of_all(seed, thorough):
+def test_a_wide_beam_returns_the_likeliest_answer_of_all(seed, thorough, scored_pairs):
     # every passage proposes every output, so that fast decoding has no holes either
     generator = TableGenerator.random(num_contexts=6, vocab_size=5, max_tokens=4, seed=seed)
     prior = random_prior(2, 3, seed)
@@ -35,7 +50,7 @@ def test_a_wide_beam_returns_the_likeliest_answer_of_all(seed, thorough):
         assert float(decoded.log_likelihood_B[question]) == pytest.approx(
             generator.rag_sequence_log_prob(contexts, prior[question], best)
         )
-    assert generator.scored_pairs == [], "nothing is left to score"
+    assert scored_pairs == [], "nothing is left to score"
 
 
 def expected_answers(generator, prior, options, question, num_passages):
@@ -83,17 +98,17 @@ def test_thorough_and_fast_can_disagree():
     assert disagreements > 0
 
 
-def test_thorough_scores_only_what_no_beam_has_scored():
+def test_thorough_scores_only_what_no_beam_has_scored(scored_pairs):
     generator = TableGenerator.random(num_contexts=6, vocab_size=6, max_tokens=4, seed=7)
     prior = random_prior(2, 3, 7)
     options = DecodingOptions(num_beams=2, max_new_tokens=4)
     found = beam_search(generator, generator.contexts, torch.zeros(6, 1), options)
     known = {(search, answer(row)) for search in range(6) for row in found.sequences_SRT[search]}
     fast = decode_rag_sequence(generator, generator.contexts, prior, options, thorough=False)
-    assert generator.scored_pairs == []
+    assert scored_pairs == []
     decode_rag_sequence(generator, generator.contexts, prior, options, thorough=True)
-    pairs = set(generator.scored_pairs)
-    assert len(generator.scored_pairs) == len(pairs) > 0
+    pairs = set(scored_pairs)
+    assert len(scored_pairs) == len(pairs) > 0
     assert pairs.isdisjoint(known)
     proposed = {(search // 3, y) for search, y in known}
     assert pairs | known == {(3 * question + k, y) for question, y in proposed for k in range(3)}
@@ -104,13 +119,13 @@ def test_scoring_in_small_chunks_changes_nothing():
     generator = TableGenerator.random(num_contexts=6, vocab_size=6, max_tokens=4, seed=7)
     prior = random_prior(2, 3, 7)
     options = DecodingOptions(num_beams=2, max_new_tokens=4)
+    decode_rag_sequence(generator, generator.contexts, prior, options, thorough=False)
+    num_search_steps = generator.num_steps
     whole = decode_rag_sequence(generator, generator.contexts, prior, options, thorough=True)
-    assert generator.largest_chunk > 2
-    generator.largest_chunk = 0
-    chunked = decode_rag_sequence(
-        generator, generator.contexts, prior, options, thorough=True, max_scored_elements=2 * 5 * 6
-    )
-    assert generator.largest_chunk == 2
+    assert max(generator.num_rows[2 * num_search_steps :]) > 2
+    generator.num_rows.clear()
+    chunked = decode_rag_sequence(generator, generator.contexts, prior, options, thorough=True, max_scored_elements=12)
+    assert max(generator.num_rows[num_search_steps:]) == 2
     assert torch.equal(whole.sequences_BT, chunked.sequences_BT)
     torch.testing.assert_close(whole.log_likelihood_B, chunked.log_likelihood_B)
 
@@ -140,17 +155,19 @@ def test_one_passage_is_plain_beam_search_without_its_length_penalty(thorough):
 
 @pytest.mark.parametrize("thorough", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_missing_passage_proposes_nothing_and_counts_nothing(seed, thorough):
+def test_a_missing_passage_proposes_nothing_and_counts_nothing(seed, thorough, scored_pairs):
     generator = TableGenerator.random(num_contexts=3, vocab_size=6, max_tokens=4, seed=seed, sharpness=0.7)
     prior = random_prior(1, 2, seed)
     pair = TableGenerator(generator.table_CNV[:2], 4)
     with_missing = torch.cat([prior, torch.full((1, 1), -torch.inf, dtype=torch.float64)], dim=1)
     options = DecodingOptions(num_beams=1, max_new_tokens=4)
     one = decode_rag_sequence(pair, pair.contexts, prior, options, thorough=thorough)
+    pairs_of_two = set(scored_pairs)
+    scored_pairs.clear()
     other = decode_rag_sequence(generator, generator.contexts, with_missing, options, thorough=thorough)
     assert torch.equal(one.sequences_BT, other.sequences_BT)
     torch.testing.assert_close(one.log_likelihood_B, other.log_likelihood_B)
-    assert set(generator.scored_pairs) == set(pair.scored_pairs)
+    assert set(scored_pairs) == pairs_of_two
 
 
 @pytest.mark.parametrize("thorough", [True, False])
@@ -165,13 +182,13 @@ def test_a_forced_first_token_is_not_scored(thorough):
     torch.testing.assert_close(decoded.log_likelihood_B, torch.logsumexp(prior[0] + parts, 0)[None])
 
 
-def test_thorough_leaves_the_forced_first_token_out_of_the_pairs_it_scores():
+def test_thorough_leaves_the_forced_first_token_out_of_the_pairs_it_scores(scored_pairs):
     generator = TableGenerator.random(num_contexts=3, vocab_size=6, max_tokens=3, seed=0)
     prior = random_prior(1, 3, 0)
     options = DecodingOptions(max_new_tokens=3, forced_bos_token_id=5)
     decoded = decode_rag_sequence(generator, generator.contexts, prior, options, thorough=True)
     tokens = answer(decoded.sequences_BT[0])
-    assert tokens in [scored for _, scored in generator.scored_pairs]
+    assert tokens in [scored for _, scored in scored_pairs]
     parts = torch.tensor([sum(generator.token_log_probs(k, tokens)[1:]) for k in range(3)], dtype=torch.float64)
     torch.testing.assert_close(decoded.log_likelihood_B, torch.logsumexp(prior[0] + parts, 0)[None])
 
