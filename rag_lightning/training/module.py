@@ -17,9 +17,9 @@ from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
 from rag_lightning.rag import RagModel
+from rag_lightning.training.activations import checkpoint_activations
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.examples import RETRIEVED_FOR
-from rag_lightning.training.layers import set_up_layers
 from rag_lightning.training.objectives import (
     Contrastive,
     KnowledgeDistillation,
@@ -95,7 +95,7 @@ class RagLightningModule(L.LightningModule):
         if learns and isinstance(objective, Attaching):
             objective.attach(model, self.trained)
         if learns:
-            set_up_layers(model, optim, self.trained)
+            checkpoint_activations(model, optim.checkpoint_activations, self.trained)
         self.metrics = nn.ModuleDict(
             {
                 "answers": AnswerMetrics(),

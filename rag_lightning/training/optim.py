@@ -45,8 +45,7 @@ class OptimSettings:
             precision Lightning refuses it together with gradient clipping); or ``adamw_8bit``, which keeps a quarter of
             the state, see :mod:`rag_lightning.training.eight_bit`.
         checkpoint_activations: Parts that compute their activations again in the backward pass, and so keep few; see
-            :mod:`rag_lightning.training.layers`.
-        compile: Parts whose layers are compiled, see there.
+            :mod:`rag_lightning.training.activations`.
     """
 
     lr_query_encoder: float = 1e-5
@@ -66,7 +65,6 @@ class OptimSettings:
     power: float = 1.0
     name: OptimizerName = "adamw"
     checkpoint_activations: Sequence[str] = ()
-    compile: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -81,10 +79,11 @@ class OptimSettings:
             raise ConfigError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
         if self.name not in get_args(OptimizerName):
             raise ConfigError(f"optim.name: expected one of {', '.join(get_args(OptimizerName))}, got {self.name!r}")
-        for setting in ("checkpoint_activations", "compile"):
-            unknown = [part for part in getattr(self, setting) if part not in PARTS[:3]]
-            if unknown:
-                raise ConfigError(f"optim.{setting}: expected some of {', '.join(PARTS[:3])}, got {', '.join(unknown)}")
+        unknown = [part for part in self.checkpoint_activations if part not in PARTS[:3]]
+        if unknown:
+            raise ConfigError(
+                f"optim.checkpoint_activations: expected some of {', '.join(PARTS[:3])}, got {', '.join(unknown)}"
+            )
 
     def trained_parts(self, wanted: Iterable[str]) -> tuple[str, ...]:
         """Returns the parts of ``wanted`` that are not frozen."""

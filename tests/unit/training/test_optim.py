@@ -206,7 +206,10 @@ def test_a_part_that_the_model_lacks_is_not_missed(tiny_generator):
         ({"lr_query_encoder": float("nan")}, "optim.lr_query_encoder: expected a positive number, got nan"),
         ({"lr_fusion": 0.0}, r"optim.lr_fusion: expected a positive number, got 0.0; .*train_fusion=false"),
         ({"lr_passage_encoder": -1.0}, "optim.lr_passage_encoder: expected a positive number, got -1.0"),
-        ({"compile": ["reader"]}, "optim.compile: expected some of query_encoder, .*generator, got reader"),
+        (
+            {"checkpoint_activations": ["generator", "fusion"]},
+            "optim.checkpoint_activations: expected some of query_encoder, .*generator, got fusion",
+        ),
         ({"warmup_steps": -1}, "optim.warmup_steps: expected 0 or more, got -1"),
     ],
 )

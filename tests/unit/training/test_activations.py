@@ -1,7 +1,6 @@
-"""Layers that keep no activations, and compiled ones: the same losses and gradients, and evaluation as ever."""
+"""Layers that keep no activations: the same losses and gradients in less memory, and evaluation as ever."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.generators.causal import CausalGenerator
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
 from rag_lightning.rag import RagModel
-from rag_lightning.training.layers import backbones_of, layers_of, set_up_layers
+from rag_lightning.training.activations import backbones_of, checkpoint_activations, layers_of
 from rag_lightning.training.objectives import Contrastive, MarginalObjective, PolicyGradient
-from rag_lightning.training.optim import OptimSettings
 from rag_lightning.types import TokenBatch
 
 PARTS = ["query_encoder", "passage_encoder", "generator"]
@@ -106,7 +104,7 @@ def test_each_part_named_keeps_less(layered):
     everything = kept_bytes(model)
     sizes = []
     for parts in ([], ["query_encoder"], ["query_encoder", "passage_encoder"], PARTS):
-        set_up_layers(model, OptimSettings(checkpoint_activations=parts), PARTS)
+        checkpoint_activations(model, parts, PARTS)
         sizes.append(kept_bytes(model))
     assert sizes[0] == everything
     assert sorted(sizes, reverse=True) == sizes
@@ -122,7 +120,7 @@ def test_gradients_are_equal_in_training_and_in_evaluation_mode(training, layere
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     everything = kept_bytes(model)
     model.zero_grad()
-    set_up_layers(model, OptimSettings(checkpoint_activations=PARTS), PARTS)
+    checkpoint_activations(model, PARTS, PARTS)
     assert kept_bytes(model) < everything
     loss_of(model).backward()
     assert len(plain) > 20
@@ -141,7 +139,7 @@ def test_answers_are_the_same_and_a_step_reads_one_token(training, layered, monk
     model = layered().train(training)
     with torch.no_grad():
         before = answers(model, tokens())
-        set_up_layers(model, OptimSettings(checkpoint_activations=PARTS), PARTS)
+        checkpoint_activations(model, PARTS, PARTS)
         lengths, whole = [], model.generator._decode
 
         def watched(encoded, input_ids_NT, cache=None):
@@ -159,7 +157,7 @@ def test_answers_are_the_same_and_a_step_reads_one_token(training, layered, monk
 def test_a_layer_with_a_cache_runs_as_ever_even_with_gradient(layered):
     """Computing it again would write the cache twice."""
     model = layered()
-    set_up_layers(model, OptimSettings(checkpoint_activations=["generator"]), PARTS)
+    checkpoint_activations(model, ["generator"], PARTS)
     state = model.generator.start(model.generator.encode(tokens()))
     for _ in range(3):
         log_probs_NV, state = model.generator.step(torch.full((6,), 7), state)
@@ -185,7 +183,7 @@ def test_evaluation_is_unchanged(layered, tiny_run, tiny_world):
 def test_a_deep_copy_computes_with_its_own_weights(layered):
     """Adapters are merged into a copy, and a policy's start is one."""
     model = layered()
-    set_up_layers(model, OptimSettings(checkpoint_activations=PARTS), PARTS)
+    checkpoint_activations(model, PARTS, PARTS)
     before = float(loss_of(model).detach())
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -198,9 +196,9 @@ def test_a_deep_copy_computes_with_its_own_weights(layered):
 
 def test_a_later_module_starts_from_plain_layers(layered):
     model = layered()
-    set_up_layers(model, OptimSettings(checkpoint_activations=PARTS), PARTS)
+    checkpoint_activations(model, PARTS, PARTS)
     assert all("forward" in vars(layer) for part in backbones_of(model).values() for layer in layers_of(part))
-    set_up_layers(model, OptimSettings(), PARTS)
+    checkpoint_activations(model, [], PARTS)
     assert not any("forward" in vars(layer) for part in backbones_of(model).values() for layer in layers_of(part))
 
 
@@ -209,7 +207,7 @@ def test_shared_towers_may_be_named_by_either_name(layered):
     everything = kept_bytes(model)
     sizes = set()
     for parts in (["query_encoder"], ["passage_encoder"], ["query_encoder", "passage_encoder"]):
-        set_up_layers(model, OptimSettings(checkpoint_activations=parts), PARTS)
+        checkpoint_activations(model, parts, PARTS)
         sizes.add(kept_bytes(model))
     assert len(sizes) == 1
     assert sizes.pop() < everything
@@ -228,7 +226,7 @@ def test_other_families_compute_the_same(model_type, tiny_world):
     labels = torch.randint(5, 30, (6, 7), generator=torch.Generator().manual_seed(6))
     gradients = []
     for parts in ([], ["generator"]):
-        set_up_layers(model, OptimSettings(checkpoint_activations=parts), ["generator"])
+        checkpoint_activations(model, parts, ["generator"])
         generator.zero_grad()
         torch.manual_seed(2)
         generator.score(generator.encode(tokens()), labels, 1).token_log_probs_BKT.sum().backward()
@@ -237,7 +235,6 @@ def test_other_families_compute_the_same(model_type, tiny_world):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("setting", ["checkpoint_activations", "compile"])
 @pytest.mark.parametrize(
     ("part", "optim", "message"),
     [
@@ -245,14 +242,14 @@ def test_other_families_compute_the_same(model_type, tiny_world):
         ("generator", {"train_generator": False}, "the generator does not learn in this run"),
     ],
 )
-def test_parts_that_do_not_learn_are_refused(setting, part, optim, message, layered, tiny_run):
-    with pytest.raises(ConfigError, match=rf"optim.{setting}: {message}"):
-        tiny_run(model=layered(), optim={**optim, setting: [part]})
+def test_parts_that_do_not_learn_are_refused(part, optim, message, layered, tiny_run):
+    with pytest.raises(ConfigError, match=f"optim.checkpoint_activations: {message}"):
+        tiny_run(model=layered(), optim={**optim, "checkpoint_activations": [part]})
 
 
 def test_parts_and_layers_that_are_not_there_are_refused(tiny_model, tiny_run, tiny_world):
     with pytest.raises(ConfigError, match="query encoder is no part of this model"):
-        set_up_layers(tiny_model(num_passages=0), OptimSettings(compile=["query_encoder"]), ["generator"])
+        checkpoint_activations(tiny_model(num_passages=0), ["query_encoder"], ["generator"])
     message = "expected a query encoder made of transformers' layers .* came WordEmbeddingsModel, which has none"
     model = tiny_model()
     model.encoder = BiEncoder.from_config(
@@ -260,9 +257,6 @@ def test_parts_and_layers_that_are_not_there_are_refused(tiny_model, tiny_run, t
     )
     with pytest.raises(ConfigError, match=message):
         tiny_run(model=model, optim={"checkpoint_activations": ["query_encoder"]})
-    for setting in ("checkpoint_activations", "compile"):
-        with pytest.raises(ConfigError, match=rf"optim.{setting}: expected some of .*generator, got fusion"):
-            OptimSettings(**{setting: ["generator", "fusion"]})
 
 
 @pytest.mark.parametrize(
@@ -283,40 +277,3 @@ def test_other_objectives_train_the_same(objective, layered, tiny_run):
         run = tiny_run(model=layered(dropout=0.2), objective=made, optim={"checkpoint_activations": parts}, max_steps=2)
         losses.append(run.fit().recorder.losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-# ---------------------------------------------------------------------- compiled
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("default")  # torch's compiler warns of its own parts
-@pytest.mark.parametrize("checkpointed", [[], PARTS])
-def test_compiled_layers_compute_the_same_at_any_length_without_compiling_again(checkpointed, layered):
-    model = layered(layers=2).train()
-    names = set(model.state_dict())
-    sizes = [(6, 20), (5, 17), (8, 31), (6, 12), (4, 25)]
-    plain = []
-    for size in sizes:
-        loss = loss_of(model, *size)
-        model.zero_grad()
-        loss.backward()
-        plain.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    set_up_layers(model, OptimSettings(compile=PARTS, checkpoint_activations=checkpointed), PARTS)
-    graphs = []
-    for size, (expected, gradients) in zip(sizes, plain, strict=True):
-        loss = loss_of(model, *size)
-        model.zero_grad()
-        loss.backward()
-        torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4, msg=name)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] >= 3  # a tower's layer, the encoder's, the decoder's
-    assert graphs[-1] == graphs[1]  # nothing is compiled after the second length
-    assert set(model.state_dict()) == names
-    with torch.no_grad():
-        assert answers(model.eval(), tokens()).sequences_BT.shape[0] == 6
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[-1]  # answers run uncompiled
