@@ -76,18 +76,22 @@ def in_turn(
     left = dict(runs)
     seconds: dict[str, list[float]] = {name: [] for name in left}
     missing: dict[str, str] = {}
-    for number in range(-warmup, repeats):
-        names = list(left)
-        shift = max(number, 0) % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            try:
-                taken = _timed(left[name], max(number, 0), synchronise)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                missing[name] = f"ran out of memory: {str(error).splitlines()[0] if str(error) else 'no message'}"
-                del left[name], seconds[name]
-                continue
-            if number >= 0:
-                seconds[name].append(taken)
+    gc.freeze()  # what is there already is not walked through before every run
+    try:
+        for number in range(-warmup, repeats):
+            names = list(left)
+            shift = max(number, 0) % max(1, len(names))
+            for name in names[shift:] + names[:shift]:
+                try:
+                    taken = _timed(left[name], max(number, 0), synchronise)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    missing[name] = f"ran out of memory: {str(error).splitlines()[0] if str(error) else 'no message'}"
+                    del left[name], seconds[name]
+                    continue
+                if number >= 0:
+                    seconds[name].append(taken)
+    finally:
+        gc.unfreeze()
     return {name: Timing(values) for name, values in seconds.items()}, missing
 
 
