@@ -14,7 +14,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sized
-from itertools import islice
+from itertools import accumulate, chain, islice
 from operator import index
 from pathlib import Path
 from typing import IO, Any, SupportsIndex
@@ -218,13 +218,13 @@ def _write_store(
     with (directory / TOKENS).open("wb") as stream:
         _write_header(stream, dtype, 0)
         for block in _blocks(texts, progress):
-            for ids in tokenizer(block, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]:
-                num_truncated += len(ids) > max_tokens
-                longest = max(longest, len(ids))
-                np.asarray(ids[:max_tokens], dtype=dtype).tofile(stream)
-                offsets.append(offsets[-1] + min(len(ids), max_tokens))
+            ids_of = tokenizer(block, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            lengths = [len(ids) for ids in ids_of]
+            num_truncated += sum(length > max_tokens for length in lengths)
+            longest = max(longest, *lengths)
+            kept = [ids[:max_tokens] for ids in ids_of]
+            np.fromiter(chain.from_iterable(kept), dtype=dtype).tofile(stream)
+            offsets.extend(list(accumulate(map(len, kept), initial=offsets[-1]))[1:])
         stream.seek(0)
         _write_header(stream, dtype, offsets[-1])
     if len(offsets) == 1:
