@@ -4,8 +4,8 @@ Inputs: B·K encoded contexts and the log prior of each question's K passages. T
 factor into next-token distributions, so a beam search runs for each passage, and the union Y of their hypotheses is
 ranked by the marginal ``p(y|x) = Σ_k p(z_k|x) p(y|x,z_k)``:
 
-- *thorough*: ``p(y|x,z_k)`` is computed for each candidate under each passage. Better, and costs one more decoder
-  pass over the pairs that no beam has scored yet; the encoder never runs again.
+- *thorough*: ``p(y|x,z_k)`` is computed for each candidate under each passage. Better, and costs one more pass of the
+  decoder over the pairs that no beam has scored yet, each prefix once; the encoder never runs again.
 - *fast*: ``p(y|x,z_k) ≈ 0`` where ``y`` was not among passage k's own hypotheses. Costs nothing beyond the search.
 
 So both rank by one table [candidates, passages] that the beams fill in part: thorough completes it, fast leaves the
@@ -55,8 +55,8 @@ def decode_rag_sequence(
         rules: What may be written, and where it stops.
         thorough: Score every candidate under every passage; otherwise fast decoding, whose likelihood is a lower
             bound of the true one.
-        max_scored_elements: Bounds the memory of thorough scoring: largest number of logits (or of gathered encoder
-            states) at a time.
+        max_scored_elements: Bounds the memory of thorough scoring, see
+            :func:`rag_lightning.decoding.prefixes.score_pairs`.
 
     Raises:
         ConfigError: Contexts, prior and options that do not fit together.

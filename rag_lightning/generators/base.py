@@ -76,7 +76,7 @@ class DecoderState:
     """Where a batch of N partial outputs stands.
 
     Attributes:
-        encoded: The contexts, one row for each partial output.
+        encoded: The contexts; a row for each partial output, or fewer where a family lets outputs share them.
         cache: Keys and values of the tokens so far; whatever the model family uses.
     """
 
@@ -127,5 +127,5 @@ class Generator(Protocol):
         ...
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
-        """Returns the state of the given rows, which may repeat, shrink or grow the batch."""
+        """Returns the state of the given rows, which may repeat, shrink or grow the batch; the old one is used up."""
         ...

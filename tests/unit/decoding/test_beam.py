@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rag_lightning.decoding.beam import beam_search
+from rag_lightning.decoding.beam import beam_search, mixture
 from rag_lightning.decoding.options import DecodingOptions
 from tests.unit.decoding.table_generator import EOS, TableGenerator, answer, random_prior
 
@@ -102,3 +102,15 @@ def test_nothing_allowed_gives_a_bare_start_token_and_no_likelihood():
     found = beam_search(generator, generator.contexts, torch.zeros(1, 1), DecodingOptions(max_new_tokens=2))
     assert answer(found.sequences_SRT[0, 0]) == ()
     assert found.log_probs_SR.tolist() == [[-torch.inf]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mixture_of_the_least_likely_tokens_is_that_in_log_space(dtype):
+    rng = torch.Generator().manual_seed(0)
+    logits = 60 * torch.randn(2 * 3 * 4, 50, generator=rng, dtype=dtype)
+    logits[:, 7] = -torch.inf
+    log_probs = logits.log_softmax(dim=1)
+    assert (log_probs[:, :7] < -120).any(), "the case must have tokens that float32 cannot hold as probabilities"
+    weights = random_prior(2, 4, 0).to(dtype)
+    expected = (log_probs.view(2, 3, 4, 50) + weights[:, None, :, None]).logsumexp(dim=2)
+    torch.testing.assert_close(mixture(log_probs, weights), expected)
