@@ -162,7 +162,7 @@ def test_a_layer_with_a_cache_runs_as_ever_even_with_gradient(layered):
     for _ in range(3):
         log_probs_NV, state = model.generator.step(torch.full((6,), 7), state)
     log_probs_NV.sum().backward()
-    assert state.cache.get_seq_length() == 3
+    assert state.cache.cache.get_seq_length() == 3
 
 
 def test_evaluation_is_unchanged(layered, tiny_run, tiny_world):
