@@ -27,7 +27,7 @@ from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.text.tokenizers import load_tokenizer, tokenizer_hash
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.hashing import hash_tensors, hash_texts
-from rag_lightning.utils.lengths import model_length_groups, real_lengths, restored
+from rag_lightning.utils.lengths import embedded_once, model_length_groups, real_lengths, restored
 
 
 class Tower(nn.Module):
@@ -69,7 +69,14 @@ class Tower(nn.Module):
             return self._vectors(tokens)
         lengths, width = real_lengths(tokens.attention_mask), tokens.input_ids.shape[1]
         groups = model_length_groups(self, lengths, width, overhead_tokens=self.group_overhead_tokens)
-        return restored([self._vectors(group.of(tokens)) for group in groups], groups)
+        if len(groups) == 1:
+            return self._vectors(groups[0].of(tokens))
+        words = self.backbone.get_input_embeddings()
+        embedded_NLH, vectors = words(tokens.input_ids), []
+        for group in groups:
+            with embedded_once(words, embedded_NLH, group):
+                vectors.append(self._vectors(group.of(tokens)))
+        return restored(vectors, groups)
 
     def _vectors(self, tokens: TokenBatch) -> Float[Tensor, "N D"]:
         output = self.backbone(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, return_dict=True)

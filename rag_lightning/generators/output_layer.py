@@ -52,12 +52,12 @@ class OutputLayer:
         return self._is_linear
 
     def states(self, forward: Callable[[], Float[Tensor, "N X V"]]) -> Float[Tensor, "N X H"]:
-        """Returns what the output layer is given when the model runs, without running it on more than one state."""
+        """Returns what the output layer is given when the model runs; the layer itself is given nothing."""
         taken: list[Tensor] = []
 
         def take(states: Tensor) -> Tensor:
             taken.append(states)
-            return states[:1, :1]
+            return states[:, :0]
 
         with replaced_input(self._layer, take):
             forward()
@@ -195,7 +195,7 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_mean_M = grad_mean_M if ctx.vocab_mean else torch.zeros_like(grad_M)
         grad_states = torch.empty_like(states_MH) if wants_states else None
         # accumulated in float32: chunks are many, and half precision would lose the later ones
-        grad_weight = torch.zeros_like(weight_VH, dtype=normaliser_M.dtype) if wants_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=normaliser_M.dtype) if wants_bias else None
         for start in range(0, states_MH.shape[0], ctx.rows):
             chunk = slice(start, start + ctx.rows)
@@ -214,9 +214,10 @@ class _LinearLogProbs(torch.autograd.Function):
             down_CV = down_CV.to(states_MH.dtype)
             if grad_states is not None:
                 grad_states[chunk] = down_CV @ weight_VH
-            if grad_weight is not None:
-                _add_product(grad_weight, down_CV, states_CH)
-        grad_weight = grad_weight.to(weight_VH.dtype) if grad_weight is not None else None
+            if wants_weight:
+                grad_weight = _with_product(grad_weight, down_CV, states_CH, normaliser_M.dtype)
+        if wants_weight:
+            grad_weight = grad_weight.to(weight_VH.dtype) if grad_weight is not None else torch.zeros_like(weight_VH)
         grad_bias = grad_bias.to(bias_V.dtype) if grad_bias is not None else None
         return grad_states, grad_weight, grad_bias, None, None, None
 
@@ -228,8 +229,10 @@ def _logits(states_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Floa
         return logits_CV if bias_V is None else logits_CV.add_(bias_V)
 
 
-def _add_product(total_VH: Tensor, left_CV: Tensor, right_CH: Tensor) -> None:
+def _with_product(total_VH: Tensor | None, left_CV: Tensor, right_CH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``total + left^T right``; in place where it can be."""
+    if total_VH is None:
+        return (left_CV.T @ right_CH).to(dtype)
     if total_VH.dtype == left_CV.dtype:
-        total_VH.addmm_(left_CV.T, right_CH)
-    else:
-        total_VH += (left_CV.T @ right_CH).to(total_VH.dtype)
+        return total_VH.addmm_(left_CV.T, right_CH)
+    return total_VH.add_(left_CV.T @ right_CH)

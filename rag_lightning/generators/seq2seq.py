@@ -1,6 +1,7 @@
 """Encoder-decoder generators: BART, T5, or any pair of encoders joined by cross-attention."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from rag_lightning.generators.shared_contexts import Reading, Sharing, shared_co
 from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
-from rag_lightning.utils.lengths import LengthGroup, real_lengths, restored, widened
+from rag_lightning.utils.lengths import LengthGroup, embedded_once, real_lengths, restored, widened
 
 _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
@@ -147,11 +148,13 @@ class Seq2SeqGenerator(PretrainedGenerator):
         groups = self.length_groups(lengths, contexts.input_ids.shape[1])
         longest = max(group.length for group in groups)
         self.check_length(longest)
-        encoder = self.model.get_encoder()
-        parts = []
+        parts, encoder = [], self.model.get_encoder()
+        words, ids_NL = encoder.get_input_embeddings(), contexts.input_ids[:, :longest]
+        embedded_NLH = words(ids_NL) if len(groups) > 1 else None
         for group in groups:
             part = group.of(contexts)
-            output = encoder(input_ids=part.input_ids, attention_mask=part.attention_mask, return_dict=True)
+            with nullcontext() if embedded_NLH is None else embedded_once(words, embedded_NLH, group):
+                output = encoder(input_ids=part.input_ids, attention_mask=part.attention_mask, return_dict=True)
             parts.append(widened(output.last_hidden_state, longest))
         return EncodedContexts(restored(parts, groups), contexts.attention_mask[:, :longest], lengths=lengths)
 
@@ -171,10 +174,13 @@ class Seq2SeqGenerator(PretrainedGenerator):
             return self.scored(self._decode(encoded, inputs_NT), labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
         lengths = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
         groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
+        words = self.model.get_decoder().get_input_embeddings()
+        embedded_NTH = words(labels_BT1[:, :-1]).repeat_interleave(num_passages, dim=0)
 
         def run(group: LengthGroup) -> Float[Tensor, "rows positions V"]:
             inputs_MT = inputs_NT if group.rows_M is None else inputs_NT[group.rows_M]
-            logits: Tensor = self._decoder_output(encoded.group(group), inputs_MT).logits
+            with embedded_once(words, embedded_NTH, LengthGroup(group.rows_M, inputs_NT.shape[1])):
+                logits: Tensor = self._decoder_output(encoded.group(group), inputs_MT).logits
             return logits
 
         return self.scored_in_groups(run, groups, labels_BT1, num_passages, vocab_mean=vocab_mean)

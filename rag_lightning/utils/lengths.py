@@ -5,7 +5,8 @@ length, each padded to its own longest, it costs less, and gives the same: paddi
 group costs is a further run of the model, counted in tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +118,27 @@ def _cheapest_cuts(ascending: np.ndarray, overhead: float, max_groups: int) -> l
         ends.append(int(places[place]))
         place = int(parent[place - 1])
     return ends[::-1]
+
+
+@contextmanager
+def embedded_once(embedding: nn.Module, embedded_NLH: Float[Tensor, "N L H"], group: LengthGroup) -> Iterator[None]:
+    """Within it, a model that reads a group takes its rows of the batch's embeddings instead of making them.
+
+    The gradient of an embedding is as large as the vocabulary: made for each group, and added up, it would cost as much
+    as many tokens.
+
+    Args:
+        embedding: The model's.
+        embedded_NLH: What it gives for the whole batch.
+        group: What the model is about to read.
+    """
+    rows_MLH = embedded_NLH[:, : group.length]
+    rows_MLH = rows_MLH if group.rows_M is None else rows_MLH.index_select(0, group.rows_M.to(rows_MLH.device))
+    handle = embedding.register_forward_hook(lambda _module, _inputs, _output: rows_MLH)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def real_lengths(attention_mask_NL: Int[Tensor, "N L"]) -> tuple[int, ...]:
