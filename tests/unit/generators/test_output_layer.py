@@ -214,6 +214,20 @@ def test_encoder_decoders_in_groups_equal_one_block_with_all_logits(family, voca
     assert_same(both_ways(generator, contexts, labels, 3, vocab_mean), atol=1e-10, rtol=1e-10)
 
 
+def test_in_bfloat16_groups_differ_from_one_block_by_rounding():
+    generator = test_seq2seq.Seq2SeqGenerator(model=test_seq2seq.hf_model("bart", torch.float32))
+    contexts = ragged_contexts([9, 2, 5, 9], test_seq2seq.VOCAB_SIZE, generator.pad_token_id)
+    labels = torch.tensor([[2, 7, 8, 2], [2, 9, 2, 1]])
+    exact, _, _ = both_ways(generator, contexts, labels, 2, False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (fast, _, gradients), (slow, _, _) = both_ways(generator, contexts, labels, 2, False)
+    assert fast.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    error_of_slow = (slow - exact).abs().max()
+    assert 0 < error_of_slow < 0.5
+    assert (fast - exact).abs().max() < 2 * error_of_slow
+
+
 @pytest.mark.parametrize("family", [*test_causal.FAMILIES, "gemma2"])
 def test_decoder_only_models_in_groups_equal_one_block_with_all_logits(family):
     model = causal("gemma2", head_dim=8) if family == "gemma2" else test_causal.hf_model(family)
