@@ -123,12 +123,13 @@ def mixture(log_probs_NV: Float[Tensor, "N V"], weights_SK: Float[Tensor, "S K"]
     log_probs_SRKV = log_probs_NV.view(num_searches, -1, num_passages, log_probs_NV.shape[1])
     if num_passages == 1:
         return log_probs_SRKV[:, :, 0]  # the weight of an only passage is 1
-    mixed_SRV = (weights_SK.to(log_probs_NV.dtype).exp()[:, None, None] @ log_probs_SRKV.exp())[:, :, 0]
-    searches_M, hypotheses_M, tokens_M = (mixed_SRV < SMALLEST_SUM).nonzero(as_tuple=True)
-    rare_MK = log_probs_SRKV[searches_M, hypotheses_M, :, tokens_M] + weights_SK[searches_M]
-    log_mixed_SRV = mixed_SRV.log_()
-    log_mixed_SRV[searches_M, hypotheses_M, tokens_M] = rare_MK.logsumexp(dim=1).to(log_mixed_SRV.dtype)
-    return log_mixed_SRV
+    with torch.autocast(log_probs_NV.device.type, enabled=False):  # which would sum in half precision
+        mixed_SRV = (weights_SK.to(log_probs_NV.dtype).exp()[:, None, None] @ log_probs_SRKV.exp())[:, :, 0]
+        searches_M, hypotheses_M, tokens_M = (mixed_SRV < SMALLEST_SUM).nonzero(as_tuple=True)
+        rare_MK = log_probs_SRKV[searches_M, hypotheses_M, :, tokens_M] + weights_SK[searches_M]
+        log_mixed_SRV = mixed_SRV.log_()
+        log_mixed_SRV[searches_M, hypotheses_M, tokens_M] = rare_MK.logsumexp(dim=1).to(log_mixed_SRV.dtype)
+        return log_mixed_SRV
 
 
 def _first_hypotheses(generator: Generator, weights_SK: Float[Tensor, "S K"], options: DecodingOptions) -> Hypotheses:

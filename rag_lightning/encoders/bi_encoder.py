@@ -68,13 +68,12 @@ class Tower(nn.Module):
         if not torch.is_grad_enabled():  # corpora are encoded in batches of like length already
             return self._vectors(tokens)
         lengths, width = real_lengths(tokens.attention_mask), tokens.input_ids.shape[1]
-        groups = model_length_groups(self, lengths, width, overhead_tokens=self.group_overhead_tokens)
+        groups = model_length_groups(self.backbone, lengths, width, overhead_tokens=self.group_overhead_tokens)
         if len(groups) == 1:
-            return self._vectors(groups[0].of(tokens))
-        words = self.backbone.get_input_embeddings()
-        embedded_NLH, vectors = words(tokens.input_ids), []
+            return self._vectors(tokens)
+        embedded, vectors = embedded_once(self.backbone, tokens.input_ids), []
         for group in groups:
-            with embedded_once(words, embedded_NLH, group):
+            with embedded(group):
                 vectors.append(self._vectors(group.of(tokens)))
         return restored(vectors, groups)
 

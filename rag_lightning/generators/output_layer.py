@@ -11,7 +11,7 @@ scaled logits), or its weights are spread over processes, the model's own code r
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +46,10 @@ class OutputLayer:
         if type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter) or is_sharded(layer):
             return False
         if self._is_linear is None:
-            with torch.no_grad(), torch.random.fork_rng(), replaced_input(layer, _large_state):
+            devices = [layer.weight.device] if layer.weight.is_cuda else []
+            with torch.no_grad(), torch.random.fork_rng(devices), replaced_input(layer, _large_state):
                 logits_11V = forward()
+            torch.clear_autocast_cache()  # before torch 2.11, weights cast without gradient were used again with it
             self._is_linear = self._agrees(logits_11V)
         return self._is_linear
 
@@ -67,9 +69,22 @@ class OutputLayer:
     def logits_at(
         self, forward: Callable[[], Float[Tensor, "1 M V"]], mask_NT: Bool[Tensor, "N T"]
     ) -> Float[Tensor, "M V"]:
-        """Returns the model's own logits of the positions in the mask, which is that of the last T states."""
-        with replaced_input(self._layer, lambda states: states[:, -mask_NT.shape[1] :][mask_NT][None]):
-            return forward()[0]
+        """Returns the model's own logits of the positions in the mask, which is that of the last T states.
+
+        A model that gives its output layer more than ``[N, T, H]``, or has none, runs it on all positions.
+        """
+        num_targets, picked = mask_NT.shape[1], False
+
+        def pick(states: Tensor) -> Tensor:
+            nonlocal picked
+            picked = states.ndim == 3
+            return states[:, -num_targets:][mask_NT][None] if picked else states
+
+        with nullcontext() if self._layer is None else replaced_input(self._layer, pick):
+            logits = forward()
+        logits_SV: Tensor = logits[0] if picked else logits[:, -num_targets:][mask_NT]
+        assert logits_SV.shape[0] == int(mask_NT.sum())
+        return logits_SV
 
     def log_probs(
         self, states_MH: Float[Tensor, "M H"], targets_M: Int[Tensor, "M"], *, vocab_mean: bool = False
@@ -109,6 +124,8 @@ class OutputLayer:
 
 def _large_state(states: Tensor) -> Tensor:
     """Returns one state of large entries, as wide as the given ones: a soft cap or a scale would show."""
+    if states.ndim != 3:
+        return states
     wave_H = torch.arange(states.shape[-1], device=states.device).float().mul(1.7).sin() * 50
     return wave_H.to(states.dtype)[None, None]
 

@@ -149,11 +149,10 @@ class Seq2SeqGenerator(PretrainedGenerator):
         longest = max(group.length for group in groups)
         self.check_length(longest)
         parts, encoder = [], self.model.get_encoder()
-        words, ids_NL = encoder.get_input_embeddings(), contexts.input_ids[:, :longest]
-        embedded_NLH = words(ids_NL) if len(groups) > 1 else None
+        embedded = embedded_once(encoder, contexts.input_ids[:, :longest]) if len(groups) > 1 else None
         for group in groups:
             part = group.of(contexts)
-            with nullcontext() if embedded_NLH is None else embedded_once(words, embedded_NLH, group):
+            with nullcontext() if embedded is None else embedded(group):
                 output = encoder(input_ids=part.input_ids, attention_mask=part.attention_mask, return_dict=True)
             parts.append(widened(output.last_hidden_state, longest))
         return EncodedContexts(restored(parts, groups), contexts.attention_mask[:, :longest], lengths=lengths)
@@ -174,12 +173,11 @@ class Seq2SeqGenerator(PretrainedGenerator):
             return self.scored(self._decode(encoded, inputs_NT), labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
         lengths = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
         groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
-        words = self.model.get_decoder().get_input_embeddings()
-        embedded_NTH = words(labels_BT1[:, :-1]).repeat_interleave(num_passages, dim=0)
+        embedded = embedded_once(self.model.get_decoder(), labels_BT1[:, :-1], repeats=num_passages)
 
         def run(group: LengthGroup) -> Float[Tensor, "rows positions V"]:
             inputs_MT = inputs_NT if group.rows_M is None else inputs_NT[group.rows_M]
-            with embedded_once(words, embedded_NTH, LengthGroup(group.rows_M, inputs_NT.shape[1])):
+            with embedded(LengthGroup(group.rows_M, inputs_NT.shape[1])):
                 logits: Tensor = self._decoder_output(encoded.group(group), inputs_MT).logits
             return logits
 

@@ -5,9 +5,10 @@ length, each padded to its own longest, it costs less, and gives the same: paddi
 group costs is a further run of the model, counted in tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def model_length_groups(
 ) -> list[LengthGroup]:
     """Returns the groups in which a model should read rows of these lengths.
 
-    All rows at once where the model is spread over processes: each run gathers, so all must run equally often.
+    All rows at once where the model is spread over processes (each run gathers, so all must run equally often), and
+    where it would change its attention for good after short rows.
 
     Args:
         model: What runs, whole or in part.
@@ -90,7 +92,8 @@ def model_length_groups(
         num_runs: How many runs, of so many operations for each token, a further group stands for.
     """
     parameters = list(model.parameters())
-    if not parameters or is_sharded(model):
+    switches = getattr(getattr(model, "config", None), "attention_type", None) == "block_sparse"  # to full, if short
+    if not parameters or switches or is_sharded(model):
         return [LengthGroup(None, width)]
     if overhead_tokens is None:
         embedded = max(parameter.numel() for parameter in parameters)  # a token looks up one row of it
@@ -120,21 +123,43 @@ def _cheapest_cuts(ascending: np.ndarray, overhead: float, max_groups: int) -> l
     return ends[::-1]
 
 
-@contextmanager
-def embedded_once(embedding: nn.Module, embedded_NLH: Float[Tensor, "N L H"], group: LengthGroup) -> Iterator[None]:
-    """Within it, a model that reads a group takes its rows of the batch's embeddings instead of making them.
+def embedded_once(
+    model: Any, ids_NL: Int[Tensor, "N L"], *, repeats: int = 1
+) -> Callable[[LengthGroup], AbstractContextManager[None]]:
+    """Looks up a batch's embeddings; returns contexts in which the model takes a group's rows of them.
 
     The gradient of an embedding is as large as the vocabulary: made for each group, and added up, it would cost as much
-    as many tokens.
+    as many tokens. Does nothing where it cannot be known with what a model looks up its input.
 
     Args:
-        embedding: The model's.
-        embedded_NLH: What it gives for the whole batch.
-        group: What the model is about to read.
+        model: A transformers model.
+        ids_NL: What it will read, in groups.
+        repeats: Each row stands for so many of the groups' rows.
     """
+    try:
+        words: nn.Module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return lambda _group: nullcontext()
+    embedded_NLH = words(ids_NL).repeat_interleave(repeats, dim=0)
+    return lambda group: _rows_instead(words, embedded_NLH, group)
+
+
+@contextmanager
+def _rows_instead(words: nn.Module, embedded_NLH: Float[Tensor, "N L H"], group: LengthGroup) -> Iterator[None]:
     rows_MLH = embedded_NLH[:, : group.length]
     rows_MLH = rows_MLH if group.rows_M is None else rows_MLH.index_select(0, group.rows_M.to(rows_MLH.device))
-    handle = embedding.register_forward_hook(lambda _module, _inputs, _output: rows_MLH)
+
+    replaced = False
+
+    def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        nonlocal replaced
+        if replaced:  # some models look up further padding, or widen their input to whole windows of attention
+            return None
+        replaced = True
+        further = output[:, rows_MLH.shape[1] :]
+        return torch.cat([rows_MLH, further], dim=1) if further.shape[1] else rows_MLH
+
+    handle = words.register_forward_hook(replace)
     try:
         yield
     finally:

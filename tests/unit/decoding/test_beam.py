@@ -114,3 +114,12 @@ def test_a_mixture_of_the_least_likely_tokens_is_that_in_log_space(dtype):
     weights = random_prior(2, 4, 0).to(dtype)
     expected = (log_probs.view(2, 3, 4, 50) + weights[:, None, :, None]).logsumexp(dim=2)
     torch.testing.assert_close(mixture(log_probs, weights), expected)
+
+
+def test_a_mixture_under_autocast_is_summed_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    log_probs, weights = torch.randn(2 * 3 * 4, 50, generator=rng).log_softmax(dim=1), random_prior(2, 4, 0).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mixture(log_probs, weights)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, mixture(log_probs, weights), atol=0.0, rtol=0.0)

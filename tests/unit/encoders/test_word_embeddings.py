@@ -71,3 +71,16 @@ def test_another_weight_rate_makes_an_index_stale():
         tower = Tower(backbone=words, pooling="mean")
         hashes.append(BiEncoder(query=tower, passage=tower, tokenizer=None).passage_hash())
     assert hashes[0] != hashes[1]
+
+
+def test_texts_of_unlike_length_are_read_while_learning():
+    """There is no table of input embeddings to look up once for all groups."""
+    tower = Tower(backbone=small_model(), pooling="mean")
+    mask_NL = (torch.arange(6) < torch.tensor([[6], [1], [3]])).long()
+    tokens = TokenBatch(torch.full((3, 6), 4) * mask_NL, mask_NL)
+    tower.group_overhead_tokens = 0.0
+    grouped_ND = tower(tokens)
+    grouped_ND.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(grouped_ND, tower(tokens))
+    assert tower.backbone.vectors.weight.grad is not None

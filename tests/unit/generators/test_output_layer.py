@@ -1,7 +1,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+)
 
 from rag_lightning.generators.output_layer import OutputLayer, linear_log_probs
 from rag_lightning.generators.pretrained import picked_log_probs
@@ -236,6 +242,28 @@ def test_decoder_only_models_in_groups_equal_one_block_with_all_logits(family):
     labels = test_causal.labels_of([7, 8, 9], [5])
     assert len(generator_groups(generator, contexts)) > 1
     assert_same(both_ways(generator, contexts, labels, 3, False), atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_that_widens_its_input_to_whole_windows_reads_in_groups_too():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 4, "init_std": 0.5}
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("led", vocab_size=23, **sizes, **heads)).eval()
+    generator = test_seq2seq.Seq2SeqGenerator(model=model.double())
+    contexts = ragged_contexts([9, 2, 5, 9], 23, generator.pad_token_id)
+    labels = torch.tensor([[2, 7, 8, 2], [2, 9, 2, 1]])
+    assert_same(both_ways(generator, contexts, labels, 2, False), atol=1e-8, rtol=1e-8)
+
+
+def test_a_model_that_gives_its_output_layer_more_than_states_is_scored_all_the_same():
+    sizes = {"hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "ngram": 2}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    config = AutoConfig.for_model("prophetnet", vocab_size=23, decoder_ffn_dim=16, **sizes, **heads)
+    torch.manual_seed(0)
+    generator = test_seq2seq.Seq2SeqGenerator(model=AutoModelForSeq2SeqLM.from_config(config).eval())
+    contexts = ragged_contexts([9, 2, 5, 9], 23, generator.pad_token_id)
+    labels = torch.tensor([[1, 7, 8, 2], [1, 9, 2, generator.pad_token_id]])
+    assert_same(both_ways(generator, contexts, labels, 2, False), atol=1e-5, rtol=1e-4)
 
 
 def generator_groups(generator, contexts):
