@@ -1,7 +1,7 @@
 """Whether a training step fits into memory: an estimate, made before anything is built.
 
-Weights and gradients in float32; activations of each layer, the logits, and what a process has anyway. On the ``cpu``
-shape transformers' side is estimated within a fifth of what is measured; it is meant to tell gigabytes from hundreds.
+Weights and gradients in float32; activations of each layer, the logits, and what a process has anyway. It is meant to
+tell gigabytes from hundreds, and has not been held against measurements yet.
 """
 
 from collections.abc import Iterable
