@@ -34,9 +34,9 @@ def bert_config(hidden_size=16, **changes):
     )
 
 
-def hf_model(family, dtype=torch.float64):
+def hf_model(family, dtype=torch.float64, *, seed=0, init_std=0.5):
     """A random model in evaluation mode: BART and T5 with a start token of their own, the pair with [CLS] and [SEP]."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if family == "bart":
         config = BartConfig(
             vocab_size=VOCAB_SIZE,
@@ -48,7 +48,7 @@ def hf_model(family, dtype=torch.float64):
             encoder_ffn_dim=16,
             decoder_ffn_dim=16,
             max_position_embeddings=32,
-            init_std=0.5,
+            init_std=init_std,
         )
     elif family == "t5":
         config = T5Config(

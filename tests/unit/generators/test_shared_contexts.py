@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rag_lightning.decoding.decode import decode
 from rag_lightning.decoding.options import DecodingOptions
@@ -68,20 +68,8 @@ def test_decoding_equals_that_without_cache_and_sharing(family, mode, num_passag
 @torch.no_grad()
 def ending_model(dtype=torch.float64):
     """A BART whose searches end at several lengths."""
-    torch.manual_seed(3)
-    config = BartConfig(
-        vocab_size=VOCAB_SIZE,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=32,
-        init_std=0.6,
-    )
-    model = BartForConditionalGeneration(config).eval()
+    model = hf_model("bart", torch.float32, seed=3, init_std=0.6)
+    config = model.config
     model.final_logits_bias[0, config.pad_token_id] = -20.0
     model.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn_like(model.lm_head.weight))
     model.lm_head.weight[config.eos_token_id] *= 2
