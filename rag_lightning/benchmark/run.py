@@ -150,46 +150,55 @@ def synchroniser(shape: Shape) -> Callable[[], None]:
     return torch.cuda.synchronize if shape.device == "cuda" else lambda: None
 
 
-def run_benchmark(plan: Plan, folder: Path, *, say: Say = lambda _: None) -> dict[str, Any]:
+def run_benchmark(
+    plan: Plan, folder: Path, *, say: Say = lambda _: None, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Measures all parts of a plan and returns what ``results.json`` holds.
 
     Args:
         plan: What to measure.
         folder: An existing folder for token stores and indexes.
         say: Tells how far it is.
+        keep: Given all that is known after each part and each series: a run that is cut loses no more than one.
 
     Raises:
         ConfigError: As :class:`Bench`, or a length of a series that cannot be.
     """
-    machine_found = machine()
-    bench = Bench(plan, folder, say)
-    check_series(plan.shape, plan.scaling)
-    results: dict[str, Any] = {}
-    further: dict[str, dict[str, Any]] = {"ratios": {}, "missing": {}, "notes": {}}
-    by_lengths = sorted(plan.parts, key=lambda name: str(plan.parts[name].lengths or ""))  # each world is built once
-    for name in by_lengths:
-        say(name)
-        found = bench.measure(name, plan.parts[name])
-        results[name] = found["sides"]
-        for key, kept in further.items():
-            kept[name] = found[key]
-    _add_share(results, further["notes"])
-    ordered = {name: results[name] for name in plan.parts}
-    bench.close()
-    scaling = measure_series(plan.shape, plan.tables, plan.scaling, folder, say=say)
-    gpu = measure_gpu(plan.shape, plan.tables, folder, say=say) if plan.shape.device == "cuda" else None
-    return {
-        **ordered,
-        **further,
-        "scaling": scaling,
-        "gpu": gpu,
+    about = {
         "asked": {"sides": list(plan.sides), "memory": plan.memory},
         "shape": asdict(plan.shape),
         "texts": "files" if plan.files is not None else "made up",
-        "machine": machine_found,
+        "machine": machine(),
         "versions": versions(),
         "commit": commit(),
     }
+    bench = Bench(plan, folder, say)
+    check_series(plan.shape, plan.scaling)
+    parts: dict[str, Any] = {}
+    further: dict[str, dict[str, Any]] = {"ratios": {}, "missing": {}, "notes": {}}
+    scaling: dict[str, Any] = {}
+    gpu: dict[str, Any] | None = None
+
+    def known() -> dict[str, Any]:
+        ordered = {name: parts[name] for name in plan.parts if name in parts}
+        return {**ordered, **further, "scaling": scaling, "gpu": gpu, **about}
+
+    for name in sorted(plan.parts, key=lambda name: str(plan.parts[name].lengths or "")):  # each world is built once
+        say(name)
+        found = bench.measure(name, plan.parts[name])
+        parts[name] = found["sides"]
+        for key, kept in further.items():
+            kept[name] = found[key]
+        keep(known())
+    _add_share(parts, further["notes"])
+    bench.close()
+    for series in plan.scaling.series:
+        scaling[series] = measure_series(series, plan.shape, plan.tables, plan.scaling, folder, say=say)
+        keep(known())
+    if plan.shape.device == "cuda":
+        gpu = measure_gpu(plan.shape, plan.tables, folder, say=say)
+    keep(known())
+    return known()
 
 
 def _add_share(results: Mapping[str, Any], notes: dict[str, dict[str, Any]]) -> None:

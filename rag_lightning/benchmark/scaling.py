@@ -1,12 +1,15 @@
 """How the cost grows with K, with the batch and with the corpus, and the exponent that fits best.
 
 An exponent of 1 is proportional cost. ``k`` and ``batch`` are training steps of RAG-Token; ``passages`` is one exact
-search for a batch over made-up vectors of N passages.
+search for a batch over made-up vectors of N passages. ``k`` tells the cost per passage besides, for each K from 5 on
+as a multiple of the first: seconds for each token of the contexts, since it is chance which passages are drawn.
 """
 
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +21,7 @@ from rag_lightning.benchmark.lengths import LengthTables
 from rag_lightning.benchmark.parts import FLOOR, HF, OURS, PARTS
 from rag_lightning.benchmark.shape import Shape
 from rag_lightning.benchmark.texts import made_texts
-from rag_lightning.benchmark.timing import in_turn
+from rag_lightning.benchmark.timing import Timing, in_turn
 from rag_lightning.benchmark.world import build_world
 from rag_lightning.errors import ConfigError
 from rag_lightning.index.exact import ExactIndex
@@ -48,7 +51,7 @@ class ScalingSettings:
     num_passages: Sequence[int] = (1, 5, 10, 20, 50)
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16)
     corpus_sizes: Sequence[int] = (10_000, 100_000, 1_000_000)
-    k_batch_size: int = 2
+    k_batch_size: int = 4
     repeats: int = 3
 
     @classmethod
@@ -104,6 +107,7 @@ def check_series(shape: Shape, settings: ScalingSettings) -> None:
 
 
 def measure_series(
+    series: Series,
     shape: Shape,
     tables: LengthTables,
     settings: ScalingSettings,
@@ -111,26 +115,23 @@ def measure_series(
     *,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Returns each series: its points, seconds and exponent by side, and why points are missing.
+    """Returns a series: points, seconds and exponent by side, and why points are missing.
 
     Args:
+        series: Which.
         shape: The sizes that stay as they are.
         tables: The texts' lengths.
-        settings: Which series.
+        settings: The points.
         folder: An existing folder to work in.
         say: Tells how far it is.
     """
-    found: dict[str, Any] = {}
-    for series in settings.series:
-        if series == "passages":
-            found[series] = _searches(shape, settings, say)
-            continue
-        found[series] = _steps(shape, tables, settings, series, folder, say)
-    return found
+    if series == "passages":
+        return _searches(shape, settings, say)
+    return _steps(shape, tables, settings, series, folder, say)
 
 
 def _shapes(shape: Shape, settings: ScalingSettings, series: Series) -> list[Shape]:
-    common = replace(shape, repeats=settings.repeats, num_batches=2)
+    common = replace(shape, repeats=settings.repeats, num_batches=settings.repeats)
     if series == "k":
         common = replace(common, batch_size=settings.k_batch_size)
         return [replace(common, num_passages=size) for size in settings.num_passages]
@@ -147,6 +148,7 @@ def _steps(
 ) -> dict[str, Any]:
     sizes = list(settings.num_passages if series == "k" else settings.batch_sizes)
     seconds: dict[str, dict[int, float]] = {OURS: {}, HF: {}, FLOOR: {}}
+    per_token: list[float] = []
     missing: dict[str, dict[int, str]] = {}
     for size, point in zip(sizes, _shapes(shape, settings, series), strict=True):
         say(f"scaling: {series} {size}")
@@ -155,15 +157,17 @@ def _steps(
         except ConfigError as error:
             missing.setdefault(OURS, {})[size] = str(error)
             continue
-        found, reasons = _step_seconds(point, tables, folder, blocked)
-        for side, value in found.items():
-            seconds[side][size] = value
-        for side, reason in reasons.items():
+        found = _step_times(point, tables, folder, blocked)
+        for side, timing in found.timings.items():
+            seconds[side][size] = timing.median_s
+        for side, reason in found.missing.items():
             missing.setdefault(side, {})[size] = reason
+        if size >= _CONSTANT_FROM and OURS in found.timings:
+            pairs = zip(found.timings[OURS].seconds, cycle(found.num_tokens), strict=False)
+            per_token.append(statistics.median(taken / count for taken, count in pairs))
     series_found: dict[str, Any] = {side: _line(points) for side, points in seconds.items()}
     if series == "k":
-        each = [value / size for size, value in seconds[OURS].items() if size >= _CONSTANT_FROM]
-        series_found["cost_per_passage"] = max(each) / min(each) if len(each) > 1 else None
+        series_found["cost_per_passage"] = [each / per_token[0] for each in per_token]
     return {**series_found, "missing": missing}
 
 
@@ -172,15 +176,24 @@ def _line(points: Mapping[int, float]) -> dict[str, Any]:
     return {"sizes": sizes, "median_s": seconds, "exponent": exponent(sizes, seconds)}
 
 
-def _step_seconds(
-    shape: Shape, tables: LengthTables, folder: Path, blocked: Mapping[str, str]
-) -> tuple[dict[str, float], dict[str, str]]:
+@dataclass(frozen=True)
+class _StepTimes:
+    """Of one point: timings by side, why sides are missing, and how many context tokens each batch has."""
+
+    timings: Mapping[str, Timing]
+    missing: Mapping[str, str]
+    num_tokens: Sequence[int]
+
+
+def _step_times(shape: Shape, tables: LengthTables, folder: Path, blocked: Mapping[str, str]) -> _StepTimes:
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        task = PARTS["training_step_token"].make(build_world(shape, made_texts(shape, tables), Path(place)))
+        world = build_world(shape, made_texts(shape, tables), Path(place))
+        task = PARTS["training_step_token"].make(world)
         runs = {side: run for side, run in task.runs.items() if side in (OURS, HF, FLOOR) and side not in blocked}
         synchronise = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
         timings, exhausted = in_turn(runs, repeats=shape.repeats, warmup=shape.warmup, synchronise=synchronise)
-    return {side: timing.median_s for side, timing in timings.items()}, {**task.missing, **blocked, **exhausted}
+        num_tokens = [int(batch.contexts.attention_mask.sum()) for batch in world.padded]
+    return _StepTimes(timings, {**task.missing, **blocked, **exhausted}, num_tokens)
 
 
 def _searches(shape: Shape, settings: ScalingSettings, say: Callable[[str], None]) -> dict[str, Any]:

@@ -63,15 +63,16 @@ def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
     lines = []
     for series, found in scaling.items():
         for side, line in found.items():
-            if not isinstance(line, Mapping) or not line.get("sizes"):
+            if not isinstance(line, Mapping) or not line.get("sizes"):  # reasons, or costs
                 continue
             points = ", ".join(
                 f"{size}: {seconds:.3g} s" for size, seconds in zip(line["sizes"], line["median_s"], strict=True)
             )
             power = NOTHING if line["exponent"] is None else f"{line['exponent']:.2f}"
             lines.append(f"scaling with {series}, {side}: {points}; exponent {power}")
-        if found.get("cost_per_passage") is not None:
-            lines.append(f"cost per passage from K = 5 on: highest / lowest {found['cost_per_passage']:.3f}")
+        if found.get("cost_per_passage"):
+            costs = ", ".join(f"{cost:.3f}" for cost in found["cost_per_passage"])
+            lines.append(f"cost per passage, for each K from 5 on, as a multiple of the first: {costs}")
         for side, missing in found["missing"].items():
             lines += [f"scaling with {series}: no {side} at {size}: {reason}" for size, reason in missing.items()]
     return lines

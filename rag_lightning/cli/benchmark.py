@@ -26,7 +26,7 @@ _LEAST_WIDTH = 120
 
 
 def run(config: DictConfig) -> None:
-    """Measures, prints the table, and writes ``results.json`` and ``results.md``."""
+    """Measures, writes ``results.json`` and ``results.md`` after each part, and prints the table."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     plan = plan_of(settings)
     kept = read_json(resolve(settings["baseline"]), "baseline") if settings["baseline"] is not None else None
@@ -38,11 +38,14 @@ def run(config: DictConfig) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    with tempfile.TemporaryDirectory(dir=settings["work_dir"]) as folder:
-        results = run_benchmark(plan, Path(folder), say=say)
     output = Path(settings["output"])
-    write_json(output / "results.json", results)
-    (output / "results.md").write_text(markdown(results), encoding="utf-8")
+
+    def keep(results: dict[str, Any]) -> None:
+        write_json(output / "results.json", results)
+        (output / "results.md").write_text(markdown(results), encoding="utf-8")
+
+    with tempfile.TemporaryDirectory(dir=settings["work_dir"]) as folder:
+        results = run_benchmark(plan, Path(folder), say=say, keep=keep)
     console.print(screen(results))
     for line in reasons(results):
         say(line)

@@ -71,18 +71,23 @@ class OutputLayer:
     ) -> Float[Tensor, "M V"]:
         """Returns the model's own logits of the positions in the mask, which is that of the last T states.
 
+        Or of all states where these are fewer: the mask's further positions are False then.
         A model that gives its output layer more than ``[N, T, H]``, or has none, runs it on all positions.
         """
         num_targets, picked = mask_NT.shape[1], False
 
+        def masked(rows: Tensor) -> Tensor:
+            last = rows[:, -num_targets:]
+            return last[mask_NT[:, : last.shape[1]]]
+
         def pick(states: Tensor) -> Tensor:
             nonlocal picked
             picked = states.ndim == 3
-            return states[:, -num_targets:][mask_NT][None] if picked else states
+            return masked(states)[None] if picked else states
 
         with nullcontext() if self._layer is None else replaced_input(self._layer, pick):
             logits = forward()
-        logits_SV: Tensor = logits[0] if picked else logits[:, -num_targets:][mask_NT]
+        logits_SV: Tensor = logits[0] if picked else masked(logits)
         assert logits_SV.shape[0] == int(mask_NT.sum())
         return logits_SV
 

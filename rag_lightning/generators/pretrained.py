@@ -19,7 +19,7 @@ from rag_lightning.generators.lora import merged
 from rag_lightning.generators.output_layer import OutputLayer
 from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput
-from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows
+from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows, widened
 
 GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
 
@@ -212,7 +212,7 @@ class PretrainedGenerator(nn.Module, Generator):
 
         Args:
             run: Runs the decoder on a group of the ``B * K`` rows and returns its logits, the last T of which are those
-                of the targets.
+                of the targets; fewer than T, the first ones, where all targets of the group are shorter.
             groups: The rows.
             labels_BT1: The targets.
             num_passages: K.
@@ -225,7 +225,8 @@ class PretrainedGenerator(nn.Module, Generator):
         mask_NT, targets_NT = mask_BT[rows_N // num_passages], targets_BT[rows_N // num_passages]
         targets_S = targets_NT[mask_NT]
         if self.output_layer.is_linear(partial(run, groups[0])):
-            states = [self.output_layer.states(partial(run, group))[:, -num_targets:] for group in groups]
+            found = (self.output_layer.states(partial(run, group))[:, -num_targets:] for group in groups)
+            states = [widened(states, num_targets) for states in found]
             log_probs_S, mean_S = self.output_layer.log_probs(
                 torch.cat(states)[mask_NT], targets_S, vocab_mean=vocab_mean
             )

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import ConfigError
+from rag_lightning.generators.absorbed_attention import AbsorbedAttention
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.mimetic import start_mimetic
 from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
@@ -83,6 +84,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             eos_token_id=_required_id(config, decoder, "eos_token_id"),
             vocab_size=decoder.vocab_size,
         )
+        self._absorbed = AbsorbedAttention(model)
 
     @classmethod
     def from_source(
@@ -172,16 +174,43 @@ class Seq2SeqGenerator(PretrainedGenerator):
         if keep_logits:
             return self.scored(self._decode(encoded, inputs_NT), labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
         lengths = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
-        groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
+        num_targets = (labels_BT1[:, 1:] != self.pad_token_id).sum(dim=1).clamp(min=1).tolist()
+        target_lengths = [count for count in num_targets for _ in range(num_passages)]
+        absorbs = self._absorbs(encoded, inputs_NT, lengths, target_lengths)
+        if absorbs:
+            groups = self.length_groups(target_lengths, inputs_NT.shape[1])
+        else:
+            groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
         embedded = embedded_once(self.model.get_decoder(), labels_BT1[:, :-1], repeats=num_passages)
 
         def run(group: LengthGroup) -> Float[Tensor, "rows positions V"]:
-            inputs_MT = inputs_NT if group.rows_M is None else inputs_NT[group.rows_M]
-            with embedded(LengthGroup(group.rows_M, inputs_NT.shape[1])):
-                logits: Tensor = self._decoder_output(encoded.group(group), inputs_MT).logits
+            if absorbs:
+                rows = range(len(lengths)) if group.rows_M is None else group.rows_M.tolist()
+                inputs, contexts = group, LengthGroup(group.rows_M, max(lengths[row] for row in rows))
+            else:
+                inputs, contexts = LengthGroup(group.rows_M, inputs_NT.shape[1]), group
+            read = encoded.group(contexts)
+            inputs_MT = inputs_NT[:, : inputs.length]
+            inputs_MT = inputs_MT if inputs.rows_M is None else inputs_MT[inputs.rows_M]
+            with embedded(inputs), self._absorbed.reading(read.hidden_NLH) if absorbs else nullcontext() as cache:
+                output = self._decoder_output(read, inputs_MT, past_key_values=cache, use_cache=absorbs)
+            logits: Tensor = output.logits
             return logits
 
         return self.scored_in_groups(run, groups, labels_BT1, num_passages, vocab_mean=vocab_mean)
+
+    def _absorbs(
+        self,
+        encoded: EncodedContexts,
+        inputs_NT: Int[Tensor, "N T"],
+        lengths: Sequence[int],
+        target_lengths: Sequence[int],
+    ) -> bool:
+        """Returns whether the decoder reads the encoder's states themselves, see ``absorbed_attention``."""
+        first = encoded.group(LengthGroup(torch.zeros(1, dtype=torch.long), lengths[0]))
+        return self._absorbed.pays(lengths, target_lengths) and self._absorbed.works(
+            first.hidden_NLH, lambda: self._decoder_output(first, inputs_NT[:1])
+        )
 
     @torch.no_grad()
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:

@@ -23,9 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, EncoderDeco
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rag_lightning.generators.attention_function import replaced_attention
 from rag_lightning.types import TensorRecord
 
-USUAL = "sdpa"
 NAME = "sdpa_shared_contexts"
 _sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
@@ -90,18 +90,11 @@ def shared_contexts(model: nn.Module, reading: Reading) -> Iterator[None]:
         model: A transformers model, possibly wrapped; of its parts those take part that use transformers' ``sdpa``.
         reading: The step to take.
     """
-    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    usual = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     token = _reading.set(reading)
     try:
-        for config, name in usual:
-            if name == USUAL:
-                config._attn_implementation = NAME
-        yield
+        with replaced_attention(model, NAME):
+            yield
     finally:
-        for config, name in usual:
-            if name is not None:
-                config._attn_implementation = name
         _reading.reset(token)
 
 

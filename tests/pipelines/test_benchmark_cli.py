@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def measured(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
     points = (
         "scaling=all",
-        "scaling_points={num_passages: [1,3], batch_sizes: [1,2], corpus_sizes: [50,100], repeats: 1}",
+        "scaling_points={num_passages: [1,5,8], batch_sizes: [1,2], corpus_sizes: [50,100], repeats: 1}",
     )
     cli("benchmark", folder / "run", *TINY, *points, f"output={folder}")
     return folder
@@ -64,11 +65,14 @@ def test_where_and_what_is_told(measured):
 def test_series_have_points_and_exponents(measured):
     scaling = read_json(measured / "results.json")["scaling"]
     assert {series: found["ours"]["sizes"] for series, found in scaling.items()} == {
-        "k": [1, 3],
+        "k": [1, 5, 8],
         "batch": [1, 2],
         "passages": [50, 100],
     }
     assert all(isinstance(found["ours"]["exponent"], float) for found in scaling.values())
+    at_5, at_8 = scaling["k"]["cost_per_passage"]
+    assert at_5 == 1.0
+    assert at_8 > 0
     assert "scaling with k, ours: 1: " in (measured / "results.md").read_text(encoding="utf-8")
 
 
@@ -86,6 +90,20 @@ def test_the_guard_ends_with_an_error_where_a_ratio_is_worse(measured, cli, tmp_
     (tmp_path / "kept.json").write_text(json.dumps(kept), encoding="utf-8")
     cli(*command, guard)
     assert "1 moved, 0 of them worse" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_keeps_the_parts_before(cli, tmp_path, monkeypatch):
+    def cut(_world):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(PARTS, "index_build", replace(PARTS["index_build"], make=cut))
+    parts = "parts=[retrieval,index_build]"
+    with pytest.raises(KeyboardInterrupt):
+        cli("benchmark", tmp_path / "run", *TINY, parts, f"output={tmp_path}")
+    results = read_json(tmp_path / "results.json")
+    assert set(PARTS) & set(results) == {"retrieval"}
+    assert results["retrieval"]["ours"]["median_s"] > 0
+    assert "| retrieval |" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(cli, tmp_path):

@@ -186,6 +186,7 @@ def test_a_file_cut_short_while_open_is_an_error_and_no_crash(tmp_path):
 
 def test_open_files_are_closed_with_their_vectors(tmp_path):
     write_vectors(tmp_path / "vectors.npy", torch.ones(10, 4))
+    gc.collect()  # what other tests left open
     before = psutil.Process().num_fds()
     vectors = [open_vectors(tmp_path / "vectors.npy") for _ in range(5)]
     assert psutil.Process().num_fds() > before
