@@ -145,10 +145,18 @@ class Evidence:
 
 @dataclass(frozen=True)
 class TokenBatch(TensorRecord):
-    """Padded token ids with their attention mask (1 on real tokens)."""
+    """Padded token ids with their attention mask (1 on real tokens).
+
+    Attributes:
+        input_ids: The ids.
+        attention_mask: The mask.
+        lengths: Tokens of each row up to its last real one, 1 at least, where whoever made the batch knew: to ask a GPU
+            is to wait for it. See :func:`rag_lightning.utils.lengths.lengths_of`.
+    """
 
     input_ids: Int[Tensor, "N L"]
     attention_mask: Int[Tensor, "N L"]
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

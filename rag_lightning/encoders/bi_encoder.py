@@ -27,7 +27,7 @@ from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.text.tokenizers import load_tokenizer, tokenizer_hash
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.hashing import hash_tensors, hash_texts
-from rag_lightning.utils.lengths import embedded_once, model_length_groups, real_lengths, restored
+from rag_lightning.utils.lengths import embedded_once, lengths_of, model_length_groups, restored
 
 
 class Tower(nn.Module):
@@ -67,7 +67,7 @@ class Tower(nn.Module):
         """Returns one vector for each text; when learning, texts of like length run together."""
         if not torch.is_grad_enabled():  # corpora are encoded in batches of like length already
             return self._vectors(tokens)
-        lengths, width = real_lengths(tokens.attention_mask), tokens.input_ids.shape[1]
+        lengths, width = lengths_of(tokens), tokens.input_ids.shape[1]
         groups = model_length_groups(self.backbone, lengths, width, overhead_tokens=self.group_overhead_tokens)
         if len(groups) == 1:
             return self._vectors(tokens)

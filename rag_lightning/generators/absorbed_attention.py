@@ -72,6 +72,11 @@ class AbsorbedAttention:
         self._model = model
         self._works: bool | None = None
 
+    @property
+    def may_pay(self) -> bool:
+        """Whether the model has cross-attention that is known here, on a device where reading states can pay."""
+        return bool(self._layers) and self._model.device.type in _DEVICES
+
     def pays(self, lengths: Sequence[int], target_lengths: Sequence[int]) -> bool:
         """Returns whether reading states costs less than projecting them.
 
@@ -79,7 +84,7 @@ class AbsorbedAttention:
             lengths: Tokens of each context.
             target_lengths: Tokens of each target, one for each context.
         """
-        if not self._layers or self._model.device.type not in _DEVICES:
+        if not self.may_pay:
             return False
         return sum(target_lengths) * max(lengths) < _head_width(self._layers[0]) * sum(lengths)
 

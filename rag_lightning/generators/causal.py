@@ -147,7 +147,7 @@ class CausalGenerator(PretrainedGenerator):
         """Returns the embedded contexts, padded on the left; see :class:`rag_lightning.generators.base.Generator`."""
         order_NL = contexts.attention_mask.argsort(dim=1, stable=True)
         ids_NL, mask_NL = contexts.input_ids.gather(1, order_NL), contexts.attention_mask.gather(1, order_NL)
-        lengths = tuple(mask_NL.sum(dim=1).clamp(min=1).tolist())
+        lengths = contexts.lengths or tuple(mask_NL.sum(dim=1).clamp(min=1).tolist())
         return EncodedContexts(self._embed(ids_NL), mask_NL, can_fuse=False, lengths=lengths)
 
     def score(

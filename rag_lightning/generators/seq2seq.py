@@ -28,7 +28,7 @@ from rag_lightning.generators.shared_contexts import Reading, Sharing, shared_co
 from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
-from rag_lightning.utils.lengths import LengthGroup, embedded_once, real_lengths, restored, widened
+from rag_lightning.utils.lengths import LengthGroup, embedded_once, lengths_of, real_lengths, restored, widened
 
 _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
@@ -146,7 +146,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
         See :class:`rag_lightning.generators.base.Generator`.
         """
-        lengths = real_lengths(contexts.attention_mask)
+        lengths = lengths_of(contexts)
         groups = self.length_groups(lengths, contexts.input_ids.shape[1])
         longest = max(group.length for group in groups)
         self.check_length(longest)
@@ -174,10 +174,9 @@ class Seq2SeqGenerator(PretrainedGenerator):
         if keep_logits:
             return self.scored(self._decode(encoded, inputs_NT), labels_BT1, vocab_mean=vocab_mean, keep_logits=True)
         lengths = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
-        num_targets = (labels_BT1[:, 1:] != self.pad_token_id).sum(dim=1).clamp(min=1).tolist()
-        target_lengths = [count for count in num_targets for _ in range(num_passages)]
-        absorbs = self._absorbs(encoded, inputs_NT, lengths, target_lengths)
-        if absorbs:
+        target_lengths = self._targets_to_absorb(encoded, labels_BT1, lengths)
+        absorbs = target_lengths is not None
+        if target_lengths is not None:
             groups = self.length_groups(target_lengths, inputs_NT.shape[1])
         else:
             groups = self.length_groups(lengths, encoded.hidden_NLH.shape[1], decoder=True)
@@ -199,18 +198,22 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
         return self.scored_in_groups(run, groups, labels_BT1, num_passages, vocab_mean=vocab_mean)
 
-    def _absorbs(
-        self,
-        encoded: EncodedContexts,
-        inputs_NT: Int[Tensor, "N T"],
-        lengths: Sequence[int],
-        target_lengths: Sequence[int],
-    ) -> bool:
-        """Returns whether the decoder reads the encoder's states themselves, see ``absorbed_attention``."""
+    def _targets_to_absorb(
+        self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"], lengths: Sequence[int]
+    ) -> list[int] | None:
+        """Returns the tokens of each context's target if the decoder should read the encoder's states themselves.
+
+        None if it should project them, see :mod:`rag_lightning.generators.absorbed_attention`.
+        """
+        if not self._absorbed.may_pay:
+            return None
+        num_targets_B = (labels_BT1[:, 1:] != self.pad_token_id).sum(dim=1).clamp(min=1)
+        target_lengths: list[int] = num_targets_B.repeat_interleave(len(lengths) // labels_BT1.shape[0]).tolist()
         first = encoded.group(LengthGroup(torch.zeros(1, dtype=torch.long), lengths[0]))
-        return self._absorbed.pays(lengths, target_lengths) and self._absorbed.works(
-            first.hidden_NLH, lambda: self._decoder_output(first, inputs_NT[:1])
+        absorbs = self._absorbed.pays(lengths, target_lengths) and self._absorbed.works(
+            first.hidden_NLH, lambda: self._decoder_output(first, labels_BT1[:1, :-1])
         )
+        return target_lengths if absorbs else None
 
     @torch.no_grad()
     def attention(self, encoded: EncodedContexts, labels_BT1: Int[Tensor, "B T1"]) -> Float[Tensor, "B L"]:

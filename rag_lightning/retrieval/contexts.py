@@ -156,4 +156,5 @@ def pad_sequences(sequences: Sequence[NDArray[np.integer] | list[int]], pad_id: 
     for row, sequence in enumerate(sequences):
         ids_NL[row, : len(sequence)] = sequence
         mask_NL[row, : len(sequence)] = 1
-    return TokenBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL))
+    lengths = tuple(max(1, len(sequence)) for sequence in sequences)
+    return TokenBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL), lengths)

@@ -157,6 +157,7 @@ def join_contexts(
     return TokenBatch(
         input_ids=torch.from_numpy(ids_NL).to(device),
         attention_mask=torch.from_numpy(mask_NL.astype(np.int64)).to(device),
+        lengths=tuple(max(1, length) for length in lengths),
     )
 
 

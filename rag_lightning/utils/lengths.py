@@ -166,6 +166,11 @@ def _rows_instead(words: nn.Module, embedded_NLH: Float[Tensor, "N L H"], group:
         handle.remove()
 
 
+def lengths_of(tokens: TokenBatch) -> tuple[int, ...]:
+    """Returns the tokens of each row up to its last real one, 1 at least; asks the device only if nobody knows."""
+    return tokens.lengths if tokens.lengths is not None else real_lengths(tokens.attention_mask)
+
+
 def real_lengths(attention_mask_NL: Int[Tensor, "N L"]) -> tuple[int, ...]:
     """Returns the tokens of each row up to its last real one, 1 at least.
 

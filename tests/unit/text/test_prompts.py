@@ -140,6 +140,7 @@ def test_join_contexts_by_hand(question_first, left):
     assert batch.input_ids.tolist() == expected
     assert batch.attention_mask.tolist() == [[1] * 7, [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1] * 7]
     assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+    assert batch.lengths == (7, 5, 6, 7)
 
 
 @settings(deadline=None)

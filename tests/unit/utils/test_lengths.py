@@ -3,8 +3,20 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rag_lightning.utils.lengths import LengthGroup, length_groups, ordered_rows, real_lengths, restored, widened
+from rag_lightning.retrieval.contexts import pad_sequences
+from rag_lightning.types import TokenBatch
+from rag_lightning.utils.lengths import (
+    LengthGroup,
+    length_groups,
+    lengths_of,
+    ordered_rows,
+    real_lengths,
+    restored,
+    widened,
+)
 
 
 def cost(lengths, parts, overhead):
@@ -57,6 +69,19 @@ def test_results_come_back_in_the_order_of_the_batch():
 
 def test_padding_before_a_row_counts_as_part_of_it():
     assert real_lengths(torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]])) == (2, 1, 1)
+
+
+def test_lengths_are_taken_from_who_knows_them():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert lengths_of(TokenBatch(mask, mask)) == (2, 1)
+    assert lengths_of(TokenBatch(mask, mask, lengths=(3, 3))) == (3, 3)
+    assert lengths_of(TokenBatch(mask, mask, lengths=(3, 3)).to("cpu")) == (3, 3)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4))
+def test_padded_texts_know_their_lengths(texts):
+    tokens = pad_sequences(texts, pad_id=0)
+    assert tokens.lengths == real_lengths(tokens.attention_mask)
 
 
 def test_widening_adds_zeros():
