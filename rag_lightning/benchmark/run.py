@@ -27,7 +27,7 @@ from rag_lightning.benchmark.parts import HF_LONGEST, OURS, Part
 from rag_lightning.benchmark.scaling import ScalingSettings, check_series, measure_series
 from rag_lightning.benchmark.shape import Lengths, Shape
 from rag_lightning.benchmark.texts import TextFiles, Texts, made_texts, read_texts
-from rag_lightning.benchmark.timing import in_turn, ratio
+from rag_lightning.benchmark.timing import in_turn, ratio, synchroniser
 from rag_lightning.benchmark.world import World, build_world
 from rag_lightning.errors import ConfigError
 
@@ -115,7 +115,9 @@ class Bench:
         wanted = ({OURS, *self.plan.sides} & {*part.sides}) - {*blocked}
         runs = {side: run for side, run in task.runs.items() if side in wanted}
         notes = dict(task.check()) if len(runs) > 1 else {}
-        timings, exhausted = in_turn(runs, repeats=shape.repeats, warmup=shape.warmup, synchronise=synchroniser(shape))
+        timings, exhausted = in_turn(
+            runs, repeats=shape.repeats, warmup=shape.warmup, synchronise=synchroniser(shape.device)
+        )
         sides: dict[str, dict[str, float | None]] = {
             side: {"median_s": timing.median_s, "spread": timing.spread, "peak_mb": None}
             for side, timing in timings.items()
@@ -143,11 +145,6 @@ class Bench:
         }
         missing = {**task.missing, **blocked, **exhausted}
         return {"sides": sides, "ratios": ratios, "missing": missing, "notes": notes}
-
-
-def synchroniser(shape: Shape) -> Callable[[], None]:
-    """Returns what waits for the shape's device."""
-    return torch.cuda.synchronize if shape.device == "cuda" else lambda: None
 
 
 def run_benchmark(

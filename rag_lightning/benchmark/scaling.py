@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from operator import truediv
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,8 +21,9 @@ from rag_lightning.benchmark.fit import free_bytes, too_large
 from rag_lightning.benchmark.lengths import LengthTables
 from rag_lightning.benchmark.parts import FLOOR, HF, OURS, PARTS
 from rag_lightning.benchmark.shape import Shape
+from rag_lightning.benchmark.sides import Run
 from rag_lightning.benchmark.texts import made_texts
-from rag_lightning.benchmark.timing import Timing, in_turn
+from rag_lightning.benchmark.timing import in_turn, synchroniser
 from rag_lightning.benchmark.world import build_world
 from rag_lightning.errors import ConfigError
 from rag_lightning.index.exact import ExactIndex
@@ -52,7 +54,7 @@ class ScalingSettings:
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16)
     corpus_sizes: Sequence[int] = (10_000, 100_000, 1_000_000)
     k_batch_size: int = 4
-    repeats: int = 3
+    repeats: int = 5
 
     @classmethod
     def of(cls, wanted: str | Sequence[str], settings: Mapping[str, Any]) -> "ScalingSettings":
@@ -147,53 +149,57 @@ def _steps(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     sizes = list(settings.num_passages if series == "k" else settings.batch_sizes)
-    seconds: dict[str, dict[int, float]] = {OURS: {}, HF: {}, FLOOR: {}}
-    per_token: list[float] = []
+    runs: dict[str, Run] = {}
     missing: dict[str, dict[int, str]] = {}
-    for size, point in zip(sizes, _shapes(shape, settings, series), strict=True):
-        say(f"scaling: {series} {size}")
-        try:
-            blocked = too_large(point, (HF, FLOOR))
-        except ConfigError as error:
-            missing.setdefault(OURS, {})[size] = str(error)
-            continue
-        found = _step_times(point, tables, folder, blocked)
-        for side, timing in found.timings.items():
-            seconds[side][size] = timing.median_s
-        for side, reason in found.missing.items():
-            missing.setdefault(side, {})[size] = reason
-        if size >= _CONSTANT_FROM and OURS in found.timings:
-            pairs = zip(found.timings[OURS].seconds, cycle(found.num_tokens), strict=False)
-            per_token.append(statistics.median(taken / count for taken, count in pairs))
-    series_found: dict[str, Any] = {side: _line(points) for side, points in seconds.items()}
+    tokens: dict[int, Sequence[int]] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for size, point in zip(sizes, _shapes(shape, settings, series), strict=True):
+            say(f"scaling: {series} {size}")
+            try:
+                blocked = too_large(point, (HF, FLOOR))
+            except ConfigError as error:
+                missing.setdefault(OURS, {})[size] = str(error)
+                continue
+            own = Path(place) / str(size)
+            own.mkdir()
+            world = build_world(point, made_texts(point, tables), own)
+            task = PARTS["training_step_token"].make(world)
+            tokens[size] = [int(batch.contexts.attention_mask.sum()) for batch in world.padded]
+            for side in (OURS, HF, FLOOR):
+                reason = {**task.missing, **blocked}.get(side)
+                if reason is None:
+                    runs[_name(side, size)] = task.runs[side]
+                else:
+                    missing.setdefault(side, {})[size] = reason
+        say(f"scaling: {series}, all points in turn")  # so that a slow minute of the machine meets all of them
+        timings, exhausted = in_turn(
+            runs, repeats=settings.repeats, warmup=shape.warmup, synchronise=synchroniser(shape.device)
+        )
+    for side in (OURS, HF, FLOOR):
+        for size in sizes:
+            if _name(side, size) in exhausted:
+                missing.setdefault(side, {})[size] = exhausted[_name(side, size)]
+    found: dict[str, Any] = {
+        side: _line({size: timings[_name(side, size)].median_s for size in sizes if _name(side, size) in timings})
+        for side in (OURS, HF, FLOOR)
+    }
     if series == "k":
-        series_found["cost_per_passage"] = [each / per_token[0] for each in per_token]
-    return {**series_found, "missing": missing}
+        per_token = {
+            size: statistics.median(map(truediv, timings[_name(OURS, size)].seconds, cycle(tokens[size])))
+            for size in sizes
+            if size >= _CONSTANT_FROM and _name(OURS, size) in timings
+        }
+        found["cost_per_passage"] = [each / next(iter(per_token.values())) for each in per_token.values()]
+    return {**found, "missing": missing}
+
+
+def _name(side: str, size: int) -> str:
+    return f"{side} {size}"
 
 
 def _line(points: Mapping[int, float]) -> dict[str, Any]:
     sizes, seconds = list(points), list(points.values())
     return {"sizes": sizes, "median_s": seconds, "exponent": exponent(sizes, seconds)}
-
-
-@dataclass(frozen=True)
-class _StepTimes:
-    """Of one point: timings by side, why sides are missing, and how many context tokens each batch has."""
-
-    timings: Mapping[str, Timing]
-    missing: Mapping[str, str]
-    num_tokens: Sequence[int]
-
-
-def _step_times(shape: Shape, tables: LengthTables, folder: Path, blocked: Mapping[str, str]) -> _StepTimes:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        world = build_world(shape, made_texts(shape, tables), Path(place))
-        task = PARTS["training_step_token"].make(world)
-        runs = {side: run for side, run in task.runs.items() if side in (OURS, HF, FLOOR) and side not in blocked}
-        synchronise = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
-        timings, exhausted = in_turn(runs, repeats=shape.repeats, warmup=shape.warmup, synchronise=synchronise)
-        num_tokens = [int(batch.contexts.attention_mask.sum()) for batch in world.padded]
-    return _StepTimes(timings, {**task.missing, **blocked, **exhausted}, num_tokens)
 
 
 def _searches(shape: Shape, settings: ScalingSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -218,9 +224,8 @@ def _search_seconds(shape: Shape, size: int, repeats: int) -> float:
         first += len(block)
     index = ExactIndex(rows_ND, device=shape.device if shape.device == "cuda" else None)
     queries_BD = vectors.queries(shape.batch_size).to(shape.device)
-    synchronise = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
     runs = {OURS: lambda _: index.search(queries_BD, shape.num_passages)}
-    timings, exhausted = in_turn(runs, repeats=repeats, synchronise=synchronise)
+    timings, exhausted = in_turn(runs, repeats=repeats, synchronise=synchroniser(shape.device))
     if exhausted:
         raise ConfigError(f"benchmark: scaling over passages {exhausted[OURS]}. Lower scaling_points.corpus_sizes.")
     return timings[OURS].median_s

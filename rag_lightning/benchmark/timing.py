@@ -95,6 +95,11 @@ def in_turn(
     return {name: Timing(values) for name, values in seconds.items()}, missing
 
 
+def synchroniser(device: str) -> Callable[[], None]:
+    """Returns what waits for a device."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
 def _timed(run: Callable[[int], Any], number: int, synchronise: Callable[[], None]) -> float:
     gc.collect()
     synchronise()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -278,7 +278,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`.
 
-        The contexts stay where they are, unless most of them have no reader left.
+        The contexts stay where they are once they stand by length, unless most of them have no reader left.
         """
         so_far: Progress = state.cache
         so_far.cache.self_attention_cache.reorder_cache(rows_M)
@@ -289,11 +289,17 @@ class Seq2SeqGenerator(PretrainedGenerator):
             so_far.cache.cross_attention_cache.reorder_cache(rows_M)
             return DecoderState(state.encoded.rows(rows_M), Progress(so_far.cache, contexts_M))
         encoded, num_contexts = state.encoded, state.encoded.hidden_NLH.shape[0]
+        known = encoded.lengths if encoded.lengths is not None else real_lengths(encoded.attention_mask_NL)
         read_U, inverse_M = torch.unique(contexts_M, return_inverse=True)
-        if 2 * len(read_U) <= num_contexts:
-            so_far.cache.cross_attention_cache.reorder_cache(read_U)
-            encoded, num_contexts, contexts_M = encoded.rows(read_U), len(read_U), inverse_M
-        sharing = Sharing.of(contexts_M, num_contexts)
+        if 2 * len(read_U) > num_contexts:
+            read_U, inverse_M = torch.arange(num_contexts, device=contexts_M.device), contexts_M
+        if so_far.sharing is None or len(read_U) < num_contexts:  # contexts move, those of like length side by side
+            lengths = [known[row] for row in read_U.tolist()]
+            order_C = torch.tensor(sorted(range(len(lengths)), key=lengths.__getitem__), device=contexts_M.device)
+            so_far.cache.cross_attention_cache.reorder_cache(read_U[order_C])
+            known, contexts_M = tuple(sorted(lengths)), order_C.argsort()[inverse_M]
+            encoded = replace(encoded.rows(read_U[order_C]), lengths=known)
+        sharing = Sharing.of(contexts_M, known)
         return DecoderState(encoded, Progress(so_far.cache, contexts_M, can_share=True, sharing=sharing))
 
     def _decode(

@@ -10,10 +10,11 @@ for each family that takes its attention from there and its keys from an ``Encod
 is seen at its first step: :attr:`Reading.num_shared` counts the layers that came by.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from transformers.masking_utils import sdpa_mask
 
 from rag_lightning.generators.attention_function import replaced_attention
 from rag_lightning.types import TensorRecord
+from rag_lightning.utils.lengths import length_groups
 
 NAME = "sdpa_shared_contexts"
+_CALL_TOKENS = 64
+"""What one more call of attention costs on a CPU, in tokens of contexts."""
 _sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
@@ -38,20 +42,27 @@ class Sharing(TensorRecord):
         contexts_N: The context that each reads.
         rows_CR: The outputs that read each context; 0 where there are fewer than R.
         slots_N: Where each output stands in ``rows_CR`` when that is flat.
+        groups: Contexts that are read together, adjacent and of like length: where each group ends, and its longest.
     """
 
     contexts_N: Int[Tensor, "N"]
     rows_CR: Int[Tensor, "C R"]
     slots_N: Int[Tensor, "N"]
+    groups: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, contexts_N: Int[Tensor, "N"], num_contexts: int) -> "Sharing":
+    def of(cls, contexts_N: Int[Tensor, "N"], lengths: Sequence[int]) -> "Sharing":
         """Finds the outputs of each context.
 
-        >>> Sharing.of(torch.tensor([0, 1, 0]), num_contexts=2).rows_CR
+        Args:
+            contexts_N: The context that each output reads.
+            lengths: Tokens of each context; on a CPU, padding is not read where they ascend.
+
+        >>> Sharing.of(torch.tensor([0, 1, 0]), lengths=[5, 5]).rows_CR
         tensor([[0, 2],
                 [1, 0]])
         """
+        num_contexts = len(lengths)
         order_N = contexts_N.argsort(stable=True)
         count_C = torch.bincount(contexts_N, minlength=num_contexts)
         most = int(count_C.max())
@@ -61,7 +72,9 @@ class Sharing(TensorRecord):
         slots_N[order_N] = sorted_N * most + numbers_N - (count_C.cumsum(dim=0) - count_C)[sorted_N]
         rows_X = torch.zeros(num_contexts * most, dtype=torch.long, device=contexts_N.device)
         rows_X[slots_N] = numbers_N
-        return cls(contexts_N, rows_X.view(num_contexts, most), slots_N)
+        ascend = contexts_N.device.type == "cpu" and all(one <= other for one, other in pairwise(lengths))
+        groups = adjacent_groups(lengths) if ascend else ((num_contexts, max(lengths)),)
+        return cls(contexts_N, rows_X.view(num_contexts, most), slots_N, groups)
 
 
 @dataclass
@@ -119,8 +132,33 @@ def shared_context_attention(
     if reading.sharing is None:
         return _sdpa(module, query_NHTD, key, value, attention_mask, **settings)
     query_CHRD = query_NHTD[:, :, 0][reading.sharing.rows_CR].transpose(1, 2)
-    read_CRHD, _ = _sdpa(module, query_CHRD, key, value, attention_mask, **settings)
-    return read_CRHD.flatten(0, 1)[reading.sharing.slots_N][:, None], None
+    parts, start = [], 0
+    for end, length in reading.sharing.groups:
+        part = slice(start, end)
+        own = {**settings, "position_bias": _cut(settings.get("position_bias"), part, length)}
+        key_GHLD, value_GHLD = key[part, :, :length], value[part, :, :length]
+        mask = _cut(attention_mask, part, length)
+        parts.append(_sdpa(module, query_CHRD[part], key_GHLD, value_GHLD, mask, **own)[0])
+        start = end
+    return torch.cat(parts).flatten(0, 1)[reading.sharing.slots_N][:, None], None
+
+
+def _cut(added: Tensor | None, part: slice, length: int) -> Tensor | None:
+    """Returns what is added to the scores of some contexts, ``[C or 1, H or 1, T, L]``."""
+    if added is None:
+        return None
+    return (added if added.shape[0] == 1 else added[part])[..., :length]
+
+
+def adjacent_groups(ascending: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Returns where each group of contexts ends and its longest.
+
+    >>> adjacent_groups([10, 12, 980, 990])
+    ((2, 12), (4, 990))
+    """
+    groups = length_groups(ascending, overhead_tokens=_CALL_TOKENS)
+    ends = accumulate(len(ascending) if group.rows_M is None else len(group.rows_M) for group in groups)
+    return tuple((end, group.length) for end, group in zip(ends, groups, strict=True))
 
 
 AttentionInterface.register(NAME, shared_context_attention)

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rag_lightning.decoding.decode import decode
 from rag_lightning.decoding.options import DecodingOptions
+from rag_lightning.generators import shared_contexts
 from rag_lightning.generators.base import DecoderState
 from rag_lightning.generators.causal import CausalGenerator
 from rag_lightning.generators.seq2seq import Seq2SeqGenerator
@@ -44,10 +45,12 @@ def lengths_of(decoded, generator):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("call_tokens", [0, 256], ids=["length groups", "one group"])
 @pytest.mark.parametrize("num_passages", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_equals_that_without_cache_and_sharing(family, mode, num_passages):
+def test_decoding_equals_that_without_cache_and_sharing(family, mode, num_passages, call_tokens, monkeypatch):
+    monkeypatch.setattr(shared_contexts, "_CALL_TOKENS", call_tokens)
     model = hf_model(family)
     shared, plain, naive = Seq2SeqGenerator(model=model), plain_decoder(family), Rereading(model=model)
     contexts = random_contexts(shared, 5 * num_passages)
@@ -56,10 +59,13 @@ def test_decoding_equals_that_without_cache_and_sharing(family, mode, num_passag
     if num_passages > 1:
         prior[0, 1:] = -torch.inf  # all passages of a question but one are missing
     options = DecodingOptions(num_beams=3, num_return=3, max_new_tokens=6, no_repeat_ngram_size=2)
+    groups, find = [], shared_contexts.adjacent_groups
+    monkeypatch.setattr(shared_contexts, "adjacent_groups", lambda lengths: groups.append(find(lengths)) or groups[-1])
     found, *others = (
         decode(each, each.encode(contexts), prior.log_softmax(dim=1), options, mode=mode)
         for each in (shared, plain, naive)
     )
+    assert max(map(len, groups)) > 1 if call_tokens == 0 else {*map(len, groups)} == {1}
     for other in others:
         assert found.nbest_BRT.tolist() == other.nbest_BRT.tolist()
         torch.testing.assert_close(found.nbest_log_likelihood_BR, other.nbest_log_likelihood_BR, **EXACT)
@@ -166,9 +172,13 @@ def test_contexts_are_kept_once_and_not_moved_by_a_reorder(family):
     usual = generator.model.config._attn_implementation
     state = generator.start(generator.encode(random_contexts(generator, 4)))
     _, state = generator.step(torch.full((4,), generator.start_token_id), state)
+    assert state.cache.cache.cross_attention_cache.layers[0].keys.shape[0] == 4
+    state = generator.reorder(state, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))  # contexts are put in order once
     keys = state.cache.cache.cross_attention_cache.layers[0].keys
-    assert keys.shape[0] == 4
-    for rows in ([0, 0, 1, 1, 2, 2, 3, 3], [1, 1, 2, 3, 4, 4, 7, 6], [0, 1, 2, 3, 4, 5]):
+    lengths = state.encoded.attention_mask_NL.sum(dim=1).tolist()
+    assert lengths == sorted(lengths) == list(state.encoded.lengths)
+    assert len(set(lengths)) > 1
+    for rows in ([1, 1, 2, 3, 4, 4, 7, 6], [0, 1, 2, 3, 4, 5]):
         state = generator.reorder(state, torch.tensor(rows))
         _, state = generator.step(torch.full((len(rows),), 5), state)
         assert state.cache.cache.cross_attention_cache.layers[0].keys is keys
@@ -197,8 +207,9 @@ def test_a_model_is_left_as_it_was_when_a_step_fails():
 
 
 def test_outputs_of_a_context_may_be_few_or_none():
-    sharing = Sharing.of(torch.tensor([2, 0, 2, 2]), num_contexts=3)
+    sharing = Sharing.of(torch.tensor([2, 0, 2, 2]), lengths=[4, 4, 4])
     assert sharing.rows_CR.shape == (3, 3)
+    assert sharing.groups == ((3, 4),)
     assert sharing.rows_CR.flatten()[sharing.slots_N].tolist() == [0, 1, 2, 3]
     assert (sharing.slots_N // 3).tolist() == [2, 0, 2, 2]
 
