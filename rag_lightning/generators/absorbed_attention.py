@@ -24,13 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rag_lightning.generators.attention_function import USUAL, replaced_attention
+from rag_lightning.generators.attention_function import USUAL, register, replaced_attention, sdpa
 from rag_lightning.utils.distributed import is_sharded
 
 NAME = "sdpa_absorbed"
@@ -42,7 +40,6 @@ _DEVICES = frozenset({"cpu"})
 """Where it was measured to pay. A GPU's fused attention takes no heads as wide as the states."""
 _DTYPES = frozenset({torch.float32, torch.float64})
 """In half precision a product of wide vectors rounds several times as much as one of a head's width."""
-_sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
 @dataclass
@@ -75,7 +72,7 @@ class AbsorbedAttention:
     @property
     def may_pay(self) -> bool:
         """Whether the model has cross-attention that is known here, on a device where reading states can pay."""
-        return bool(self._layers) and self._model.device.type in _DEVICES
+        return next(self._model.parameters()).device.type in _DEVICES and bool(self._layers)
 
     def pays(self, lengths: Sequence[int], target_lengths: Sequence[int]) -> bool:
         """Returns whether reading states costs less than projecting them.
@@ -142,7 +139,7 @@ def absorbed_attention(
     if reading is None or key is not reading.states:
         if reading is not None and reading.tried is not None and _projects(module, reading.states, key):
             reading.tried.append(module)
-        return _sdpa(module, query_NhTd, key, value, attention_mask, **settings)
+        return sdpa(module, query_NhTd, key, value, attention_mask, **settings)
     keys, values = _projections(module)
     num_rows, num_heads, num_targets, width = query_NhTd.shape
     wide_NhTH = torch.einsum("nhtd,hdx->nhtx", query_NhTd, keys.weight.view(num_heads, width, -1))
@@ -220,5 +217,4 @@ def _is_checkpointed(model: nn.Module) -> bool:
     return any("forward" in layer.__dict__ or layer.gradient_checkpointing for layer in layers)
 
 
-AttentionInterface.register(NAME, absorbed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register(NAME, absorbed_attention)

@@ -10,7 +10,7 @@ for each family that takes its attention from there and its keys from an ``Encod
 is seen at its first step: :attr:`Reading.num_shared` counts the layers that came by.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,18 +20,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import EncoderDecoderCache
 
-from rag_lightning.generators.attention_function import replaced_attention
+from rag_lightning.generators.attention_function import register, replaced_attention, sdpa
 from rag_lightning.types import TensorRecord
 from rag_lightning.utils.lengths import length_groups
 
 NAME = "sdpa_shared_contexts"
 _CALL_TOKENS = 64
 """What one more call of attention costs on a CPU, in tokens of contexts."""
-_sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
 @dataclass(frozen=True)
@@ -126,11 +123,11 @@ def shared_context_attention(
     """
     reading = _reading.get()
     if reading is None or not any(key is layer.keys for layer in reading.cache.cross_attention_cache.layers):
-        return _sdpa(module, query_NHTD, key, value, attention_mask, **settings)
+        return sdpa(module, query_NHTD, key, value, attention_mask, **settings)
     reading.num_shared += 1
     settings["is_causal"] = False
     if reading.sharing is None:
-        return _sdpa(module, query_NHTD, key, value, attention_mask, **settings)
+        return sdpa(module, query_NHTD, key, value, attention_mask, **settings)
     query_CHRD = query_NHTD[:, :, 0][reading.sharing.rows_CR].transpose(1, 2)
     parts, start = [], 0
     for end, length in reading.sharing.groups:
@@ -138,7 +135,7 @@ def shared_context_attention(
         own = {**settings, "position_bias": _cut(settings.get("position_bias"), part, length)}
         key_GHLD, value_GHLD = key[part, :, :length], value[part, :, :length]
         mask = _cut(attention_mask, part, length)
-        parts.append(_sdpa(module, query_CHRD[part], key_GHLD, value_GHLD, mask, **own)[0])
+        parts.append(sdpa(module, query_CHRD[part], key_GHLD, value_GHLD, mask, **own)[0])
         start = end
     return torch.cat(parts).flatten(0, 1)[reading.sharing.slots_N][:, None], None
 
@@ -161,5 +158,4 @@ def adjacent_groups(ascending: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((end, group.length) for end, group in zip(ends, groups, strict=True))
 
 
-AttentionInterface.register(NAME, shared_context_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register(NAME, shared_context_attention)
