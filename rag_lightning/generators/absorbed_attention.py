@@ -39,7 +39,7 @@ _WIDTHS = ("head_dim", "key_value_proj_dim", "attention_head_size")
 _DEVICES = frozenset({"cpu"})
 """Where it was measured to pay. A GPU's fused attention takes no heads as wide as the states."""
 _DTYPES = frozenset({torch.float32, torch.float64})
-"""In half precision a product of wide vectors rounds several times as much as one of a head's width."""
+"""In bfloat16 it rounded several times as much as the plain way."""
 
 
 @dataclass
