@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules, constrain, ended
+from rag_lightning.decoding.first_step import FirstStep
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.generators.base import EncodedContexts, Generator
 from rag_lightning.types import TensorRecord
@@ -71,6 +72,7 @@ def beam_search(
     weights_SK: Float[Tensor, "S K"],
     options: DecodingOptions,
     rules: OutputRules = NO_RULES,
+    first: FirstStep | None = None,
 ) -> Hypotheses:
     """Returns the ``num_beams`` best finished hypotheses of each search, best first.
 
@@ -80,18 +82,20 @@ def beam_search(
         weights_SK: ``log w_k``, a log-distribution over each search's passages.
         options: How to search.
         rules: What may be written, and where it stops.
+        first: The contexts as they were read for another purpose too.
 
     Returns:
         Finished hypotheses with length-normalised scores and unnormalised log-probabilities; empty slots hold
         ``-inf`` in both and a bare start token.
     """
-    state = generator.start(encoded)
+    log_probs_NV, state = (first if first is not None else FirstStep.of(generator, encoded)).all_rows()
     running = _first_hypotheses(generator, weights_SK, options)
     finished = _no_hypotheses(running, options.num_beams)
     open_A = torch.arange(weights_SK.shape[0], device=weights_SK.device)
     for length in range(1, options.max_new_tokens + 1):
-        tokens_N = running.sequences_SRT[:, :, length - 1].flatten().repeat_interleave(weights_SK.shape[1])
-        log_probs_NV, state = generator.step(tokens_N, state)
+        if length > 1:
+            tokens_N = running.sequences_SRT[:, :, length - 1].flatten().repeat_interleave(weights_SK.shape[1])
+            log_probs_NV, state = generator.step(tokens_N, state)
         mixture_ARV = mixture(log_probs_NV, weights_SK[open_A])
         candidates, parents_AC = _extend(running, mixture_ARV, length, options, rules, generator)
         written_NT = candidates.sequences_SRT[:, :, : length + 1].flatten(0, 1)

@@ -5,7 +5,7 @@ factor into next-token distributions, so a beam search runs for each passage, an
 ranked by the marginal ``p(y|x) = Σ_k p(z_k|x) p(y|x,z_k)``:
 
 - *thorough*: ``p(y|x,z_k)`` is computed for each candidate under each passage. Better, and costs one more pass of the
-  decoder over the pairs that no beam has scored yet, each prefix once; the encoder never runs again.
+  decoder over the pairs that no beam has scored yet, each prefix once; contexts are never read again.
 - *fast*: ``p(y|x,z_k) ≈ 0`` where ``y`` was not among passage k's own hypotheses. Costs nothing beyond the search.
 
 So both rank by one table [candidates, passages] that the beams fill in part: thorough completes it, fast leaves the
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rag_lightning.decoding.beam import Hypotheses, beam_search
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules
+from rag_lightning.decoding.first_step import FirstStep
 from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs, decoded_of, trimmed
 from rag_lightning.decoding.prefixes import score_pairs
 from rag_lightning.generators.base import EncodedContexts, Generator
@@ -63,7 +64,8 @@ def decode_rag_sequence(
     """
     check_inputs(generator, encoded, doc_log_probs_BK, options)
     num_passages = doc_log_probs_BK.shape[1]
-    found = beam_search(generator, encoded, torch.zeros_like(doc_log_probs_BK).view(-1, 1), options, rules)
+    first = FirstStep.of(generator, encoded)
+    found = beam_search(generator, encoded, torch.zeros_like(doc_log_probs_BK).view(-1, 1), options, rules, first)
     sequences_UT, questions_U, table_UK = candidate_table(found, doc_log_probs_BK)
     sequences_UT = trimmed(sequences_UT, generator.pad_token_id)
     prior_UK = doc_log_probs_BK[questions_U]
@@ -73,11 +75,10 @@ def decode_rag_sequence(
         rows_P, passages_P = holes_UK.nonzero(as_tuple=True)
         contexts_P = questions_U[rows_P] * num_passages + passages_P
         table_UK[rows_P, passages_P] = score_pairs(
-            generator,
-            encoded,
+            first,
             sequences_UT[rows_P],
             contexts_P,
-            first=0 if options.forced_bos_token_id is None else 1,
+            num_unscored=0 if options.forced_bos_token_id is None else 1,
             max_elements=max_scored_elements,
         ).to(table_UK.dtype)
     whole_U1 = torch.ones_like(questions_U, dtype=torch.bool)[:, None]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rag_lightning.decoding.beam import mixture
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules, constrain, ended
+from rag_lightning.decoding.first_step import FirstStep
 from rag_lightning.decoding.options import Decoded, DecodingOptions, check_inputs, decoded_of
 from rag_lightning.decoding.rag_sequence import best_of_each
 from rag_lightning.errors import ConfigError
@@ -198,10 +199,7 @@ def _first_step(
     """Feeds the start token once for each context, then repeats the rows: question, sample, passage."""
     batch_size, num_passages = doc_log_probs_BK.shape
     contexts_BK = torch.arange(batch_size * num_passages, device=doc_log_probs_BK.device).view(batch_size, num_passages)
-    start_N = torch.full_like(contexts_BK.flatten(), generator.start_token_id)
-    log_probs_NV, state = generator.step(start_N, generator.start(encoded))
-    rows_M = contexts_BK.repeat_interleave(num_samples, dim=0).flatten()
-    return log_probs_NV[rows_M], generator.reorder(state, rows_M)
+    return FirstStep.of(generator, encoded).rows(contexts_BK.repeat_interleave(num_samples, dim=0).flatten())
 
 
 def _bare(generator: Generator, num_rows: int, max_new_tokens: int, device: torch.device) -> Int[Tensor, "N T1"]:

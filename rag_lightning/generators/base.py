@@ -126,6 +126,23 @@ class Generator(Protocol):
         """Feeds one token to each row; returns the float32 log-probabilities of the next one, and the new state."""
         ...
 
+    def score_step(
+        self, tokens_N: Int[Tensor, "N"], state: DecoderState, rows_P: Int[Tensor, "P"], next_P: Int[Tensor, "P"]
+    ) -> tuple[Float[Tensor, "P"], DecoderState]:
+        """Like :meth:`step`, for who asks for the log-probabilities of P known tokens only.
+
+        Args:
+            tokens_N: One token for each row.
+            state: The rows; used up.
+            rows_P: Behind which of them each known token stands.
+            next_P: The known tokens.
+        """
+        ...
+
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows, which may repeat, shrink or grow the batch; the old one is used up."""
+        ...
+
+    def fork(self, state: DecoderState) -> DecoderState:
+        """Returns a copy: whatever uses it up leaves the given one as it is."""
         ...

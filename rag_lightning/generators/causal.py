@@ -10,7 +10,7 @@ answer's columns alone. A chat template is no more than ids before and after the
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import ConfigError
 from rag_lightning.generators.base import DecoderState, EncodedContexts
-from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
+from rag_lightning.generators.pretrained import Forward, PretrainedGenerator, check_rows, forked, upcast
 from rag_lightning.text.tokenizers import chat_affixes, chat_end_id, load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput, TokenBatch
 from rag_lightning.utils.lengths import LengthGroup, real_lengths
@@ -197,7 +197,8 @@ class CausalGenerator(PretrainedGenerator):
         cache = DynamicCache(config=self.model.config)
         mask_NL = encoded.attention_mask_NL
         output = self._forward(encoded.hidden_NLH, mask_NL, past_key_values=cache, logits_to_keep=1, use_cache=True)
-        return _state(Continuation(output.past_key_values, mask_NL, self._next(output.logits[:, -1])))
+        first_NV = self._without_padding(upcast(output.logits[:, -1]).log_softmax(dim=-1))
+        return _state(Continuation(output.past_key_values, mask_NL, first_NV))
 
     def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
         """Feeds one token to each row; the first, the start token, is not read: the prompt has been.
@@ -206,13 +207,21 @@ class CausalGenerator(PretrainedGenerator):
         """
         so_far: Continuation = state.cache
         if so_far.first_NV is not None:
-            return so_far.first_NV, _state(Continuation(so_far.cache, so_far.attention_mask_NL, None))
-        mask_NL = so_far.attention_mask_NL
-        mask_NL = torch.cat([mask_NL, mask_NL.new_ones(mask_NL.shape[0], 1)], dim=1)
-        output = self._forward(
-            self._embed(tokens_N[:, None]), mask_NL, past_key_values=so_far.cache, logits_to_keep=1, use_cache=True
-        )
-        return self._next(output.logits[:, -1]), _state(Continuation(output.past_key_values, mask_NL, None))
+            return so_far.first_NV, _state(replace(so_far, first_NV=None))
+        so_far = _one_longer(so_far)
+        return self._without_padding(self.next_log_probs(*self._forwards(tokens_N, so_far))), _state(so_far)
+
+    def score_step(
+        self, tokens_N: Int[Tensor, "N"], state: DecoderState, rows_P: Int[Tensor, "P"], next_P: Int[Tensor, "P"]
+    ) -> tuple[Float[Tensor, "P"], DecoderState]:
+        """Like :meth:`step`, for P known tokens; see :class:`rag_lightning.generators.base.Generator`."""
+        so_far: Continuation = state.cache
+        if so_far.first_NV is not None:
+            log_probs_NV, state = self.step(tokens_N, state)
+            return log_probs_NV[rows_P, next_P], state
+        so_far = _one_longer(so_far)
+        found_P = self.known_log_probs(*self._forwards(tokens_N, so_far), rows_P, next_P)
+        return found_P.masked_fill(next_P == self.pad_token_id, -torch.inf), _state(so_far)
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`."""
@@ -221,9 +230,29 @@ class CausalGenerator(PretrainedGenerator):
         first_MV = so_far.first_NV[rows_M] if so_far.first_NV is not None else None
         return _state(Continuation(so_far.cache, so_far.attention_mask_NL[rows_M], first_MV))
 
-    def _next(self, logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """Returns the next token's log-probabilities; padding is never one: no target scores it, so none teaches it."""
-        log_probs_NV = next_log_probs(logits_NV)
+    def fork(self, state: DecoderState) -> DecoderState:
+        """Returns a copy; see :class:`rag_lightning.generators.base.Generator`."""
+        so_far: Continuation = state.cache
+        return replace(state, cache=replace(so_far, cache=forked(so_far.cache)))
+
+    def _forwards(self, tokens_N: Int[Tensor, "N"], so_far: Continuation) -> tuple[Forward, Forward]:
+        """Returns what :meth:`next_log_probs` takes."""
+
+        def trial() -> Float[Tensor, "rows positions V"]:
+            return self._next_logits(tokens_N, replace(so_far, cache=forked(so_far.cache)))
+
+        return trial, lambda: self._next_logits(tokens_N, so_far)
+
+    def _next_logits(self, tokens_N: Int[Tensor, "N"], so_far: Continuation) -> Float[Tensor, "rows positions V"]:
+        """Feeds one token to each row, whose mask counts it already; the cache grows by it."""
+        embedded_N1H, mask_NL = self._embed(tokens_N[:, None]), so_far.attention_mask_NL
+        cache = so_far.cache
+        output = self._forward(embedded_N1H, mask_NL, past_key_values=cache, logits_to_keep=1, use_cache=True)
+        logits: Tensor = output.logits
+        return logits
+
+    def _without_padding(self, log_probs_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Returns log-probabilities without padding, which is never next: no target scores it, so none teaches it."""
         log_probs_NV[:, self.pad_token_id] = -torch.inf
         return log_probs_NV
 
@@ -244,6 +273,11 @@ def _state(so_far: Continuation) -> DecoderState:
     """Returns a decoder state whose contexts are in the cache, and nowhere else."""
     mask_NL = so_far.attention_mask_NL
     return DecoderState(EncodedContexts(torch.zeros(*mask_NL.shape, 0, device=mask_NL.device), mask_NL), so_far)
+
+
+def _one_longer(so_far: Continuation) -> Continuation:
+    mask_NL = so_far.attention_mask_NL
+    return replace(so_far, attention_mask_NL=torch.cat([mask_NL, mask_NL.new_ones(mask_NL.shape[0], 1)], dim=1))
 
 
 def _end_of_answer(tokenizer: PreTrainedTokenizerBase | None, chat: bool, source: Any) -> int:

@@ -1,10 +1,12 @@
-"""The output layer on scored positions alone, a chunk of the vocabulary's logits at a time.
+"""The output layer on scored positions alone, a block of the logits at a time.
 
 Inputs: a decoder's last states ``[M, H]`` at the positions that a target scores, the output layer's weight ``[V, H]``.
 Training needs ``log p(y_t)`` of one token for each position (design §8.3), but the plain way makes ``[B, K, T, V]``
 logits of every position, padding included, and keeps them, their log-softmax and its gradient. Here no more than one
-chunk of logits exists at a time: forward keeps one normaliser for each position, and backward makes the logits again.
-Where all of them fit into one chunk, their softmax is kept instead, and nothing is made twice.
+block of logits exists at a time: forward keeps one normaliser for each position, and backward makes the logits again.
+
+A block is some positions by some of the vocabulary. On a CPU it is narrow, so that it is read from the cache it was
+just written to; on a GPU it is as wide as the vocabulary, and where one block holds all logits their softmax is kept.
 
 The layer's weight is used directly where logits are ``W h + b`` and no more; where a model does more (soft-capped or
 scaled logits), or its weights are spread over processes, the model's own code runs on the scored positions.
@@ -21,8 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from rag_lightning.utils.distributed import is_sharded
 
-MAX_CHUNK_ELEMENTS = 2**24
+MAX_BLOCK_ELEMENTS = 2**24
 """Logits that exist at a time: 64 MiB in float32."""
+_CPU_BLOCK_WIDTH = 1024
+"""Tokens of the vocabulary whose logits a CPU makes at a time; 512 to 2048 take the same."""
+_LARGE_LOGIT = 100.0
+"""What is added to a larger one is rounded to more than 1e-5 in float32."""
 
 
 class OutputLayer:
@@ -103,6 +109,42 @@ class OutputLayer:
         """
         return linear_log_probs(states_MH, self._layer.weight, self._bias(), targets_M, vocab_mean=vocab_mean)
 
+    @torch.no_grad()
+    def log_probs_of_pairs(
+        self, states_NH: Float[Tensor, "N H"], rows_P: Int[Tensor, "P"], tokens_P: Int[Tensor, "P"]
+    ) -> Float[Tensor, "P"]:
+        """Returns the log-probability of some tokens after some states, without gradient.
+
+        Args:
+            states_NH: From :meth:`states`.
+            rows_P: A state for each of P tokens; they may repeat.
+            tokens_P: The tokens.
+        """
+        weight_VH = self._layer.weight
+        states_NH, weight_VH = _in_autocast_dtype(states_NH, weight_VH)
+        picked_P, normaliser_N, _ = _normalised(
+            states_NH, weight_VH, self._bias(), rows_P, tokens_P, vocab_mean=False, max_elements=MAX_BLOCK_ELEMENTS
+        )
+        return picked_P - normaliser_N[rows_P]
+
+    @torch.no_grad()
+    def log_probs_of_all(self, states_NH: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """Returns the log-probabilities of all tokens after some states, without gradient.
+
+        Args:
+            states_NH: From :meth:`states`.
+        """
+        states_NH, weight_VH = _in_autocast_dtype(states_NH, self._layer.weight)
+        bias_V = self._bias()
+        dtype = torch.float64 if states_NH.dtype == torch.float64 else torch.float32
+        log_probs_NV = states_NH.new_empty(states_NH.shape[0], weight_VH.shape[0], dtype=dtype)
+        normaliser_N = states_NH.new_full((states_NH.shape[0],), -torch.inf, dtype=dtype)
+        for rows, tokens in _blocks(states_NH.shape[0], weight_VH, MAX_BLOCK_ELEMENTS):
+            logits_CW = _logits(states_NH[rows], weight_VH[tokens], None if bias_V is None else bias_V[tokens])
+            normaliser_N[rows] = torch.logaddexp(normaliser_N[rows], _log_sum_exp(logits_CW))
+            log_probs_NV[rows, tokens] = logits_CW
+        return log_probs_NV.sub_(normaliser_N[:, None])
+
     @property
     def _layer(self) -> Any:
         return self._model.get_output_embeddings()
@@ -152,11 +194,11 @@ def linear_log_probs(
     targets_M: Int[Tensor, "M"],
     *,
     vocab_mean: bool = False,
-    max_chunk_elements: int = MAX_CHUNK_ELEMENTS,
+    max_block_elements: int = MAX_BLOCK_ELEMENTS,
 ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"] | None]:
     """Returns ``log softmax(W h + b)`` at one token for each state, and if asked its mean over the vocabulary.
 
-    In float32 at least. Memory besides inputs and gradients: one chunk of logits and two numbers for each state, as in
+    In float32 at least. Memory besides inputs and gradients: one block of logits and two numbers for each state, as in
     Wijmans et al. 2025 ("Cut your losses in large-vocabulary language models"), here in plain torch.
 
     Args:
@@ -165,17 +207,15 @@ def linear_log_probs(
         bias_V: Its bias.
         targets_M: One token for each.
         vocab_mean: Also the mean.
-        max_chunk_elements: Logits that exist at a time.
+        max_block_elements: Logits that exist at a time.
 
     >>> states, weight = torch.zeros(2, 3), torch.zeros(4, 3)
     >>> linear_log_probs(states, weight, None, torch.tensor([0, 3]))[0].exp()
     tensor([0.2500, 0.2500])
     """
-    if torch.is_autocast_enabled(states_MH.device.type):
-        dtype = torch.get_autocast_dtype(states_MH.device.type)
-        states_MH, weight_VH = states_MH.to(dtype), weight_VH.to(dtype)
+    states_MH, weight_VH = _in_autocast_dtype(states_MH, weight_VH)
     log_probs_M, mean_M = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
-        states_MH, weight_VH, bias_V, targets_M, vocab_mean, max_chunk_elements
+        states_MH, weight_VH, bias_V, targets_M, vocab_mean, max_block_elements
     )
     return log_probs_M, mean_M if vocab_mean else None
 
@@ -193,21 +233,15 @@ class _LinearLogProbs(torch.autograd.Function):
         vocab_mean: bool,
         max_elements: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = max(1, max_elements // weight_VH.shape[0])
-        kept_p: Tensor | None = None
-        log_probs, means, normalisers = [], [], []
-        for start in range(0, max(1, states_MH.shape[0]), rows):
-            chunk = slice(start, start + rows)
-            logits_CV = _logits(states_MH[chunk], weight_VH, bias_V)
-            normaliser_C = logits_CV.logsumexp(dim=-1)
-            log_probs.append(logits_CV.gather(1, targets_M[chunk, None])[:, 0] - normaliser_C)
-            means.append(logits_CV.mean(dim=-1) - normaliser_C if vocab_mean else torch.zeros_like(normaliser_C))
-            normalisers.append(normaliser_C)
-            if states_MH.shape[0] <= rows and any(ctx.needs_input_grad[:3]):
-                kept_p = logits_CV.sub_(normaliser_C[:, None]).exp_()
-        ctx.save_for_backward(states_MH, weight_VH, bias_V, targets_M, torch.cat(normalisers), kept_p)
-        ctx.vocab_mean, ctx.rows = vocab_mean, rows
-        return torch.cat(log_probs), torch.cat(means)
+        ctx.vocab_mean, ctx.max_elements = vocab_mean, max_elements
+        rows_M = torch.arange(len(targets_M), device=targets_M.device)
+        kept: list[Tensor] | None = [] if any(ctx.needs_input_grad[:3]) else None
+        picked_M, normaliser_M, mean_M = _normalised(
+            states_MH, weight_VH, bias_V, rows_M, targets_M, vocab_mean=vocab_mean, max_elements=max_elements, kept=kept
+        )
+        p_MV = kept[0].sub_(normaliser_M[:, None]).exp_() if kept else None
+        ctx.save_for_backward(states_MH, weight_VH, bias_V, targets_M, normaliser_M, p_MV)
+        return picked_M - normaliser_M, mean_M - normaliser_M if vocab_mean else mean_M
 
     @staticmethod
     @once_differentiable
@@ -215,46 +249,122 @@ class _LinearLogProbs(torch.autograd.Function):
         states_MH, weight_VH, bias_V, targets_M, normaliser_M, kept_p = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_mean_M = grad_mean_M if ctx.vocab_mean else torch.zeros_like(grad_M)
-        grad_states = torch.empty_like(states_MH) if wants_states else None
-        # accumulated in float32: chunks are many, and half precision would lose the later ones
-        grad_weight: Tensor | None = None
-        grad_bias = torch.zeros_like(bias_V, dtype=normaliser_M.dtype) if wants_bias else None
-        for start in range(0, states_MH.shape[0], ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            states_CH, targets_C = states_MH[chunk], targets_M[chunk]
-            share_C1 = grad_mean_M[chunk, None] / weight_VH.shape[0]
+        # accumulated in float32: blocks are many, and half precision would lose the later ones
+        dtype = normaliser_M.dtype
+        grad_states = torch.zeros_like(states_MH, dtype=dtype) if wants_states else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=dtype) if wants_bias else None
+        for rows, tokens in _blocks(len(targets_M), weight_VH, ctx.max_elements):
+            states_CH, weight_WH = states_MH[rows], weight_VH[tokens]
             if kept_p is None:
-                p_CV = _logits(states_CH, weight_VH, bias_V).sub_(normaliser_M[chunk, None]).exp_()
+                bias_W = None if bias_V is None else bias_V[tokens]
+                p_CW = _logits(states_CH, weight_WH, bias_W).sub_(normaliser_M[rows, None]).exp_()
             else:
-                p_CV = kept_p
-            down_CV = p_CV * -(grad_M + grad_mean_M)[chunk, None]
+                p_CW = kept_p
+            down_CW = p_CW * -(grad_M + grad_mean_M)[rows, None]
             if ctx.vocab_mean:
-                down_CV += share_C1
-            down_CV.scatter_add_(1, targets_C[:, None], grad_M[chunk, None])
+                down_CW += grad_mean_M[rows, None] / weight_VH.shape[0]
+            place_C, inside_C = _places(targets_M[rows], tokens)
+            down_CW.scatter_add_(1, place_C[:, None], (grad_M[rows] * inside_C)[:, None])
             if grad_bias is not None:
-                grad_bias += down_CV.sum(dim=0)
-            down_CV = down_CV.to(states_MH.dtype)
+                grad_bias[tokens] += down_CW.sum(dim=0)
+            down_CW = down_CW.to(states_MH.dtype)
             if grad_states is not None:
-                grad_states[chunk] = down_CV @ weight_VH
-            if wants_weight:
-                grad_weight = _with_product(grad_weight, down_CV, states_CH, normaliser_M.dtype)
-        if wants_weight:
-            grad_weight = grad_weight.to(weight_VH.dtype) if grad_weight is not None else torch.zeros_like(weight_VH)
-        grad_bias = grad_bias.to(bias_V.dtype) if grad_bias is not None else None
-        return grad_states, grad_weight, grad_bias, None, None, None
+                _add_product(grad_states[rows], down_CW, weight_WH)
+            if grad_weight is not None:
+                _add_product(grad_weight[tokens], down_CW.T, states_CH)
+        return (
+            grad_states.to(states_MH.dtype) if grad_states is not None else None,
+            grad_weight.to(weight_VH.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias_V.dtype) if grad_bias is not None else None,
+            None,
+            None,
+            None,
+        )
 
 
-def _logits(states_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Float[Tensor, "C V"]:
+def _normalised(
+    states_MH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    rows_P: Tensor,
+    tokens_P: Tensor,
+    *,
+    vocab_mean: bool,
+    max_elements: int,
+    kept: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns P logits, the M states' normalisers ``log Σ_v exp``, and their mean logits, or zeros if not asked.
+
+    Args:
+        states_MH: The states.
+        weight_VH: The output layer's weight.
+        bias_V: Its bias.
+        rows_P: A state for each logit, in ascending order where there is more than one block of states.
+        tokens_P: Whose logits.
+        vocab_mean: Also the mean.
+        max_elements: Logits that exist at a time.
+        kept: Takes the logits if one block as wide as the vocabulary holds all of them.
+    """
+    num_rows, num_tokens = states_MH.shape[0], weight_VH.shape[0]
+    dtype = torch.float64 if states_MH.dtype == torch.float64 else torch.float32
+    picked_P = states_MH.new_zeros(len(rows_P), dtype=dtype)
+    normaliser_M = states_MH.new_full((num_rows,), -torch.inf, dtype=dtype)
+    sum_M = states_MH.new_zeros(num_rows, dtype=dtype)
+    for rows, tokens in _blocks(num_rows, weight_VH, max_elements):
+        logits_CW = _logits(states_MH[rows], weight_VH[tokens], None if bias_V is None else bias_V[tokens])
+        place_P, here_P = _places(tokens_P, tokens)
+        row_P, in_rows_P = _places(rows_P, rows)
+        picked_P = torch.where(here_P & in_rows_P, logits_CW[row_P, place_P], picked_P)
+        normaliser_M[rows] = torch.logaddexp(normaliser_M[rows], _log_sum_exp(logits_CW))
+        if vocab_mean:
+            sum_M[rows] += logits_CW.sum(dim=1)
+        if kept is not None and logits_CW.shape == (num_rows, num_tokens):
+            kept.append(logits_CW)
+    return picked_P, normaliser_M, sum_M / num_tokens
+
+
+def _log_sum_exp(logits_CW: Float[Tensor, "C W"]) -> Float[Tensor, "C"]:
+    """Returns ``log Σ exp`` of each row; on a CPU by log-softmax, which reads the rows once where it can be done so."""
+    first_C = logits_CW[:, 0]
+    if logits_CW.is_cpu and bool((first_C.abs() <= _LARGE_LOGIT).all()):
+        return first_C - logits_CW.log_softmax(dim=1)[:, 0]
+    return logits_CW.logsumexp(dim=1)
+
+
+def _blocks(num_rows: int, weight_VH: Tensor, max_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Yields blocks of logits: which positions, which tokens."""
+    num_tokens = weight_VH.shape[0]
+    width = min(_CPU_BLOCK_WIDTH, num_tokens) if weight_VH.is_cpu else num_tokens
+    height = max(1, max_elements // width)
+    for start in range(0, num_rows, height):
+        for first in range(0, num_tokens, width):
+            yield slice(start, min(start + height, num_rows)), slice(first, min(first + width, num_tokens))
+
+
+def _places(numbers_N: Int[Tensor, "N"], part: slice) -> tuple[Int[Tensor, "N"], Bool[Tensor, "N"]]:
+    """Returns where numbers stand in a part, 0 for those that do not, and which do."""
+    inside_N = (numbers_N >= part.start) & (numbers_N < part.stop)
+    return (numbers_N - part.start).where(inside_N, 0), inside_N
+
+
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _logits(states_CH: Tensor, weight_WH: Tensor, bias_W: Tensor | None) -> Float[Tensor, "C W"]:
     with torch.autocast(states_CH.device.type, enabled=False):
-        logits_CV = nn.functional.linear(states_CH, weight_VH.to(states_CH.dtype))
-        logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-        return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+        logits_CW = nn.functional.linear(states_CH, weight_WH.to(states_CH.dtype))
+        logits_CW = logits_CW if logits_CW.dtype == torch.float64 else logits_CW.float()
+        return logits_CW if bias_W is None else logits_CW.add_(bias_W)
 
 
-def _with_product(total_VH: Tensor | None, left_CV: Tensor, right_CH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``total + left^T right``; in place where it can be."""
-    if total_VH is None:
-        return (left_CV.T @ right_CH).to(dtype)
-    if total_VH.dtype == left_CV.dtype:
-        return total_VH.addmm_(left_CV.T, right_CH)
-    return total_VH.add_(left_CV.T @ right_CH)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``left @ right`` to a view, in the view's precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

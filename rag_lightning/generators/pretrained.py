@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -10,7 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import CheckpointError, ConfigError
@@ -21,6 +23,8 @@ from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput
 from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows, widened
 
+Forward = Callable[[], Float[Tensor, "rows positions V"]]
+"""Runs a model; one position or row less where what its output layer is given has been replaced."""
 GeneratorT = TypeVar("GeneratorT", bound="PretrainedGenerator")
 
 _DECODER_RUN = 6
@@ -245,6 +249,36 @@ class PretrainedGenerator(nn.Module, Generator):
             vocab_mean_BKT=_placed(mean_S, places_S, shape_BKT) if mean_S is not None else None,
         )
 
+    def next_log_probs(self, trial: Forward, forward: Forward) -> Float[Tensor, "N V"]:
+        """Returns the log-probabilities of the next token, in float32 at least.
+
+        Args:
+            trial: Runs the model like ``forward``, on copies of what it changes; called at most once for a model.
+            forward: Feeds one token to each of N rows.
+        """
+        if torch.is_grad_enabled() or self.model.device.type != "cpu" or not self.output_layer.is_linear(trial):
+            return upcast(forward()[:, -1]).log_softmax(dim=-1)
+        return self.output_layer.log_probs_of_all(self.output_layer.states(forward)[:, -1])
+
+    def known_log_probs(
+        self,
+        trial: Forward,
+        forward: Forward,
+        rows_P: Int[Tensor, "P"],
+        next_P: Int[Tensor, "P"],
+    ) -> Float[Tensor, "P"]:
+        """Returns the log-probabilities of known tokens; where the output layer is linear, their logits alone are kept.
+
+        Args:
+            trial: See :meth:`next_log_probs`.
+            forward: The same.
+            rows_P: Behind which row each known token stands.
+            next_P: The known tokens.
+        """
+        if torch.is_grad_enabled() or not self.output_layer.is_linear(trial):
+            return upcast(forward()[:, -1]).log_softmax(dim=-1)[rows_P, next_P]
+        return self.output_layer.log_probs_of_pairs(self.output_layer.states(forward)[:, -1], rows_P, next_P)
+
     def length_groups(self, lengths: Sequence[int], width: int, *, decoder: bool = False) -> list[LengthGroup]:
         """Returns rows of like length, to be run together; all in one where more runs would cost more than padding.
 
@@ -272,6 +306,15 @@ def check_rows(num_contexts: int, num_targets: int, num_passages: int) -> None:
         )
 
 
+def forked(cache: DynamicCache) -> DynamicCache:
+    """Returns a cache that goes on from the same keys and values; growing either leaves the other as it is."""
+    # attention's layers put new tensors in place of theirs; others (of recurrent models) may write into them
+    layers = [copy(layer) if isinstance(layer, DynamicLayer) else deepcopy(layer) for layer in cache.layers]
+    other = copy(cache)
+    other.layers = layers
+    return other
+
+
 def upcast(logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
     """Returns logits in float32, or as they are in float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -290,11 +333,6 @@ def picked_log_probs(
 def _placed(values_S: Float[Tensor, "S"], places_S: Int[Tensor, "S"], shape: tuple[int, ...]) -> Float[Tensor, "B K T"]:
     """Returns values at their places, zeros elsewhere."""
     return values_S.new_zeros(math.prod(shape)).index_copy(0, places_S, values_S).view(shape)
-
-
-def next_log_probs(logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Returns the log-probabilities of the next token, in float32 at least."""
-    return upcast(logits_NV).log_softmax(dim=-1)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

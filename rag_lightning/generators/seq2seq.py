@@ -23,7 +23,7 @@ from rag_lightning.errors import ConfigError
 from rag_lightning.generators.absorbed_attention import AbsorbedAttention
 from rag_lightning.generators.base import DecoderState, EncodedContexts
 from rag_lightning.generators.mimetic import start_mimetic
-from rag_lightning.generators.pretrained import PretrainedGenerator, check_rows, next_log_probs
+from rag_lightning.generators.pretrained import Forward, PretrainedGenerator, check_rows, forked
 from rag_lightning.generators.shared_contexts import Reading, Sharing, shared_contexts
 from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
@@ -268,12 +268,13 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     def step(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Float[Tensor, "N V"], DecoderState]:
         """Feeds one token to each row; see :class:`rag_lightning.generators.base.Generator`."""
-        so_far: Progress = state.cache
-        reading = Reading(so_far.cache, so_far.sharing)
-        with shared_contexts(self.model, reading):
-            logits_N1V = self._decode(state.encoded, tokens_N[:, None], cache=so_far.cache)
-        so_far.can_share = 0 < reading.num_shared == len(so_far.cache.cross_attention_cache.layers)
-        return next_log_probs(logits_N1V[:, -1]), state
+        return self.next_log_probs(*self._forwards(tokens_N, state)), state
+
+    def score_step(
+        self, tokens_N: Int[Tensor, "N"], state: DecoderState, rows_P: Int[Tensor, "P"], next_P: Int[Tensor, "P"]
+    ) -> tuple[Float[Tensor, "P"], DecoderState]:
+        """Like :meth:`step`, for P known tokens; see :class:`rag_lightning.generators.base.Generator`."""
+        return self.known_log_probs(*self._forwards(tokens_N, state), rows_P, next_P), state
 
     def reorder(self, state: DecoderState, rows_M: Int[Tensor, "M"]) -> DecoderState:
         """Returns the state of the given rows; see :class:`rag_lightning.generators.base.Generator`.
@@ -302,9 +303,30 @@ class Seq2SeqGenerator(PretrainedGenerator):
         sharing = Sharing.of(contexts_M, known)
         return DecoderState(encoded, Progress(so_far.cache, contexts_M, can_share=True, sharing=sharing))
 
+    def fork(self, state: DecoderState) -> DecoderState:
+        """Returns a copy; see :class:`rag_lightning.generators.base.Generator`."""
+        so_far: Progress = state.cache
+        cache = EncoderDecoderCache(
+            forked(so_far.cache.self_attention_cache), forked(so_far.cache.cross_attention_cache)
+        )
+        return replace(state, cache=replace(so_far, cache=cache))
+
+    def _forwards(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> tuple[Forward, Forward]:
+        """Returns what :meth:`next_log_probs` takes."""
+        return lambda: self._next_logits(tokens_N, self.fork(state)), lambda: self._next_logits(tokens_N, state)
+
+    def _next_logits(self, tokens_N: Int[Tensor, "N"], state: DecoderState) -> Float[Tensor, "rows positions V"]:
+        """Feeds one token to each row; the state's cache grows by it."""
+        so_far: Progress = state.cache
+        reading = Reading(so_far.cache, so_far.sharing)
+        with shared_contexts(self.model, reading):
+            logits = self._decode(state.encoded, tokens_N[:, None], cache=so_far.cache)
+        so_far.can_share = 0 < reading.num_shared == len(so_far.cache.cross_attention_cache.layers)
+        return logits
+
     def _decode(
         self, encoded: EncodedContexts, input_ids_NT: Int[Tensor, "N T"], cache: EncoderDecoderCache | None = None
-    ) -> Float[Tensor, "N T V"]:
+    ) -> Float[Tensor, "rows positions V"]:
         logits: Tensor = self._decoder_output(
             encoded, input_ids_NT, past_key_values=cache, use_cache=cache is not None
         ).logits

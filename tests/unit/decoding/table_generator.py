@@ -65,6 +65,15 @@ class TableGenerator:
         rows_NV = self.table_CNV[state.encoded.hidden_NLH[:, 0, 0].long(), numbers_N]
         return rows_NV, DecoderState(state.encoded, numbers_N)
 
+    def score_step(
+        self, tokens_N: Tensor, state: DecoderState, rows_P: Tensor, next_P: Tensor
+    ) -> tuple[Tensor, DecoderState]:
+        log_probs_NV, state = self.step(tokens_N, state)
+        return log_probs_NV[rows_P, next_P], state
+
+    def fork(self, state: DecoderState) -> DecoderState:
+        return state
+
     def reorder(self, state: DecoderState, rows_M: Tensor) -> DecoderState:
         encoded = EncodedContexts(state.encoded.hidden_NLH[rows_M], state.encoded.attention_mask_NL[rows_M])
         return DecoderState(encoded, state.cache[rows_M])

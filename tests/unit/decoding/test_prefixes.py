@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rag_lightning.decoding.first_step import FirstStep
 from rag_lightning.decoding.prefixes import score_pairs
 from tests.unit.decoding.table_generator import PAD, START, TableGenerator
 
@@ -23,29 +24,32 @@ def random_pairs(num_pairs, num_contexts, seed, max_tokens=4, vocab_size=6):
 def test_pairs_are_scored_as_a_loop_over_them_would(seed, num_pairs, max_elements):
     generator = TableGenerator.random(num_contexts=5, vocab_size=6, max_tokens=4, seed=seed)
     sequences, contexts = random_pairs(num_pairs, 5, seed)
-    for first in (0, 1):
-        found = score_pairs(generator, generator.contexts, sequences, contexts, first=first, max_elements=max_elements)
+    first = FirstStep.of(generator, generator.contexts)
+    for num_unscored in (0, 1):
+        found = score_pairs(first, sequences, contexts, num_unscored=num_unscored, max_elements=max_elements)
         for pair in range(num_pairs):
             tokens = tuple(token for token in sequences[pair, 1:].tolist() if token != PAD)
-            expected = sum(generator.token_log_probs(int(contexts[pair]), tokens)[first:])
+            expected = sum(generator.token_log_probs(int(contexts[pair]), tokens)[num_unscored:])
             assert float(found[pair]) == pytest.approx(expected)
 
 
 def test_each_prefix_is_read_once_under_each_context():
     generator = TableGenerator.random(num_contexts=3, vocab_size=6, max_tokens=3, seed=0)
     sequences = torch.tensor([[1, 3, 4, 2], [1, 3, 5, 2], [1, 3, 2, 0], [1, 3, 4, 2]])
-    score_pairs(generator, generator.contexts, sequences, torch.tensor([2, 2, 2, 0]))
-    assert generator.num_rows == [2, 2, 3]  # the bare start and [3] under two contexts, then [3 4], [3 5] and [3 4]
+    score_pairs(FirstStep.of(generator, generator.contexts), sequences, torch.tensor([2, 2, 2, 0]))
+    # the start under all contexts, [3] under the two that are asked for, then [3 4], [3 5] and [3 4]
+    assert generator.num_rows == [3, 2, 3]
 
 
 def test_no_pairs_need_no_step():
     generator = TableGenerator.random(num_contexts=1, vocab_size=6, max_tokens=3, seed=0)
-    assert score_pairs(generator, generator.contexts, torch.zeros(0, 3).long(), torch.zeros(0).long()).shape == (0,)
-    assert generator.num_steps == 0
+    first = FirstStep.of(generator, generator.contexts)
+    assert score_pairs(first, torch.zeros(0, 3).long(), torch.zeros(0).long()).shape == (0,)
+    assert generator.num_steps == 1, "that of the contexts"
 
 
 def test_padding_within_an_output_is_read_and_not_scored():
     generator = TableGenerator.random(num_contexts=1, vocab_size=6, max_tokens=3, seed=0)
-    found = score_pairs(generator, generator.contexts, torch.tensor([[1, 3, PAD, 4]]), torch.tensor([0]))
+    found = score_pairs(FirstStep.of(generator, generator.contexts), torch.tensor([[1, 3, PAD, 4]]), torch.tensor([0]))
     first, after_pad = generator.table_CNV[0, 0, 3], generator.table_CNV[0, (3 + 1) * 6 + PAD + 1, 4]
     torch.testing.assert_close(found[0], first + after_pad)

@@ -16,10 +16,10 @@ def scored_pairs(monkeypatch):
     """The (context, tokens) pairs that thorough decoding scores beyond those of the beams."""
     pairs = []
 
-    def spy(generator, encoded, sequences_PT, contexts_P, **settings):
+    def spy(first, sequences_PT, contexts_P, **settings):
         for sequence, context in zip(sequences_PT, contexts_P.tolist(), strict=True):
             pairs.append((context, answer(sequence)))
-        return score_pairs(generator, encoded, sequences_PT, contexts_P, **settings)
+        return score_pairs(first, sequences_PT, contexts_P, **settings)
 
     monkeypatch.setattr("rag_lightning.decoding.rag_sequence.score_pairs", spy)
     return pairs

@@ -120,6 +120,17 @@ def test_steps_give_what_score_gives(generator):
         )
 
 
+def test_known_tokens_are_scored_as_steps_score_them_and_a_copy_goes_its_own_way(generator):
+    """Several known tokens after one row, none after another; what uses up the copy leaves the first as it was."""
+    state = generator.start(generator.encode(random_contexts(3)))
+    rows, known = torch.tensor([2, 0, 2]), torch.tensor([5, generator.pad_token_id, 7])
+    for tokens in torch.tensor([[1, 1, 1], [5, 9, 6], [4, 4, 8]]):
+        found, copy = generator.score_step(tokens, generator.fork(state), rows, known)
+        generator.reorder(copy, torch.tensor([1, 1]))
+        log_probs, state = generator.step(tokens, state)
+        torch.testing.assert_close(found, log_probs[rows, known], **CLOSE)
+
+
 def test_reorder_repeats_and_drops_rows_before_and_after_a_step(generator):
     contexts = random_contexts(2)
     rows = torch.tensor([1, 1, 0])

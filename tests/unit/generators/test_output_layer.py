@@ -9,6 +9,7 @@ from transformers import (
     BartForConditionalGeneration,
 )
 
+from rag_lightning.generators import output_layer
 from rag_lightning.generators.output_layer import OutputLayer, linear_log_probs
 from rag_lightning.generators.pretrained import picked_log_probs
 from rag_lightning.types import TokenBatch
@@ -29,10 +30,10 @@ def tensors(dtype=torch.float64, num_states=7):
 
 
 @pytest.mark.parametrize("vocab_mean", [False, True])
-@pytest.mark.parametrize("max_chunk_elements", [1, 22, 33, 10_000], ids=["rows", "pairs", "uneven", "kept"])
-def test_values_and_gradients_equal_the_log_softmax(vocab_mean, max_chunk_elements):
+@pytest.mark.parametrize("max_block_elements", [1, 22, 33, 10_000], ids=["rows", "pairs", "uneven", "kept"])
+def test_values_and_gradients_equal_the_log_softmax(vocab_mean, max_block_elements):
     inputs, targets_M = tensors()
-    ours = linear_log_probs(*inputs, targets_M, vocab_mean=vocab_mean, max_chunk_elements=max_chunk_elements)
+    ours = linear_log_probs(*inputs, targets_M, vocab_mean=vocab_mean, max_block_elements=max_block_elements)
     theirs = plain(*inputs, targets_M)
     weights_M = torch.arange(7.0, dtype=torch.float64) - 2
     torch.testing.assert_close(ours[0], theirs[0], **EXACT)
@@ -46,6 +47,40 @@ def test_values_and_gradients_equal_the_log_softmax(vocab_mean, max_chunk_elemen
         torch.autograd.grad(our_loss, inputs), torch.autograd.grad(their_loss, inputs), strict=True
     ):
         torch.testing.assert_close(mine, reference, **EXACT)
+
+
+@pytest.mark.parametrize("max_block_elements", [1, 9, 10_000])
+def test_narrow_blocks_of_the_vocabulary_change_nothing(max_block_elements, monkeypatch):
+    monkeypatch.setattr(output_layer, "_CPU_BLOCK_WIDTH", 4)
+    test_values_and_gradients_equal_the_log_softmax(vocab_mean=True, max_block_elements=max_block_elements)
+
+
+@pytest.mark.parametrize("bias", [-torch.inf, -1e30, 1e4])
+@pytest.mark.parametrize("width", [4, 100])
+def test_tokens_that_a_model_forbids_or_forces(bias, width, monkeypatch):
+    """A block's normaliser is exact whatever its first logit: all of a block may be forbidden."""
+    monkeypatch.setattr(output_layer, "_CPU_BLOCK_WIDTH", width)
+    (states_MH, weight_VH, bias_V), targets_M = tensors(torch.float32)
+    bias_V = bias_V.detach().clone()
+    bias_V[:4] = bias
+    targets_M = torch.where(targets_M < 4, 5, targets_M)
+    found_M, _ = linear_log_probs(states_MH, weight_VH, bias_V, targets_M)
+    expected_M, _ = plain(states_MH.double(), weight_VH.double(), bias_V.double(), targets_M)
+    torch.testing.assert_close(found_M.double(), expected_M, atol=1e-5 if bias < 0 else 2e-3, rtol=1e-6)
+
+
+def test_all_tokens_and_chosen_pairs_equal_the_models_own(monkeypatch):
+    monkeypatch.setattr(output_layer, "_CPU_BLOCK_WIDTH", 4)
+    monkeypatch.setattr(output_layer, "MAX_BLOCK_ELEMENTS", 9)
+    model = causal("llama").double()
+    layer, rng = OutputLayer(model), torch.Generator().manual_seed(0)
+    states_NH = torch.randn(5, 16, generator=rng, dtype=torch.float64)
+    expected_NV = model.lm_head(states_NH).log_softmax(dim=1)
+    rows_P, tokens_P = torch.randint(0, 5, (12,), generator=rng), torch.randint(0, 19, (12,), generator=rng)
+    torch.testing.assert_close(layer.log_probs_of_all(states_NH), expected_NV, **EXACT)
+    torch.testing.assert_close(
+        layer.log_probs_of_pairs(states_NH, rows_P, tokens_P), expected_NV[rows_P, tokens_P], **EXACT
+    )
 
 
 def test_the_gradient_can_be_taken_twice():
@@ -62,7 +97,7 @@ def test_what_rests_gets_no_gradient(learning):
     (states, weight, _), targets_M = tensors()
     states.requires_grad_(learning == "states")
     weight.requires_grad_(learning == "weight")
-    log_probs_M, _ = linear_log_probs(states, weight, None, targets_M, max_chunk_elements=22)
+    log_probs_M, _ = linear_log_probs(states, weight, None, targets_M, max_block_elements=22)
     assert log_probs_M.requires_grad == (learning != "nothing")
     if learning != "nothing":
         log_probs_M.sum().backward()
@@ -81,7 +116,7 @@ def test_bfloat16_is_as_near_as_the_plain_way():
     inputs, targets_M = tensors()
     exact = plain(*inputs, targets_M)[0]
     halves, _ = tensors(torch.bfloat16)
-    ours, _ = linear_log_probs(*halves, targets_M, max_chunk_elements=22)
+    ours, _ = linear_log_probs(*halves, targets_M, max_block_elements=22)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, atol=0.1, rtol=0.05)
     ours.sum().backward()
@@ -111,7 +146,7 @@ def test_memory_is_one_chunk_whatever_the_number_of_positions():
             lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
         ):
             targets_M = torch.zeros(num_states, dtype=torch.long)
-            linear_log_probs(states, weight, None, targets_M, max_chunk_elements=8000)
+            linear_log_probs(states, weight, None, targets_M, max_block_elements=8000)
         return sum(kept)
 
     weight_elements = 4000

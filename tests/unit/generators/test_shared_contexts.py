@@ -36,6 +36,13 @@ class Rereading(Seq2SeqGenerator):
         log_probs_NV = self._decode(state.encoded, written_NT)[:, -1].log_softmax(dim=-1)
         return log_probs_NV, DecoderState(state.encoded, written_NT)
 
+    def score_step(self, tokens_N, state, rows_P, next_P):
+        log_probs_NV, state = self.step(tokens_N, state)
+        return log_probs_NV[rows_P, next_P], state
+
+    def fork(self, state):
+        return state
+
     def reorder(self, state, rows_M):
         return DecoderState(state.encoded.rows(rows_M), state.cache[rows_M])
 
