@@ -12,6 +12,7 @@ Axes, in names (``scores_BK``) and in jaxtyping strings alike:
 ``V``  vocabulary of the generator
 ``N``  passages in the corpus, or rows of a flattened batch (``N = B * K``)
 ``M``  hard negatives of each question
+``C``  classes: the labels, tags or entity types that a model tells apart
 ``R``  readings of a question: its K passages, or 1 where all are read at once
 ``S``  scored target positions of a batch, those of one question adjacent (no padding)
 ``E``  events of a distribution over the vocabulary: its tokens, or some of them and the rest as one
@@ -58,6 +59,51 @@ class Question:
     positive_passage_ids: tuple[str, ...] = ()
     answer_regex: str | None = None
     negative_passage_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text, or a text with a context to judge it by, and its class.
+
+    Attributes:
+        id: Unique within its file.
+        text: What is classified.
+        label: The class's name.
+        context: A given second text (the passage of a yes/no question); None where there is none.
+    """
+
+    id: str
+    text: str
+    label: str
+    context: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedSentence:
+    """Words with one tag each, in BIO form: ``B-LOC`` begins a mention, ``I-LOC`` goes on with it, ``O`` is outside."""
+
+    id: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RelationMention:
+    """A text in which two entities stand, and the relation between them.
+
+    Attributes:
+        id: Unique within its file.
+        text: Without markers.
+        head: Characters of the first entity, start and exclusive end.
+        tail: Those of the second; the two do not overlap.
+        label: The relation's name.
+    """
+
+    id: str
+    text: str
+    head: tuple[int, int]
+    tail: tuple[int, int]
+    label: str
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From a composed configuration to objects: the one place where configuration ends and constructors begin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from rag_lightning.decoding.options import DecodingMode, DecodingOptions
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.generators.lora import add_lora
+from rag_lightning.heads.model import HeadedModel, RetrievalSettings
+from rag_lightning.heads.reader import Reader
+from rag_lightning.methods.curriculum.graph import ActivityGraph
+from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME, RagSettings
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
@@ -21,6 +25,10 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule, check_shapes
 from rag_lightning.training.objectives import Objective, Teacher
+from rag_lightning.training.tasks.data import TaskDataModule
+from rag_lightning.training.tasks.module import TaskLightningModule
+from rag_lightning.training.tasks.task import Task
+from rag_lightning.training.tasks.walking import WalkCallback
 from rag_lightning.training.tracking import TrackingCallback
 
 DEFAULT_DECODING: dict[str, DecodingMode] = {
@@ -106,15 +114,81 @@ def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
     )
 
 
-def build_trainer(config: DictConfig, callbacks: DictConfig | None) -> L.Trainer:
+def build_task_run(config: DictConfig) -> tuple[TaskLightningModule, TaskDataModule]:
+    """Builds the modules of ``task=…``, where heads judge what a reader has read, bound to each other.
+
+    Raises:
+        ConfigError: A choice that heads would ignore.
+    """
+    check_task_choices(config)
+    settings = plain(config.task)
+    tasks: list[Task] = [instantiate(node) for node in config.task.tasks.values()]
+    retrieval = RetrievalSettings(**settings["retrieval"])
+    augmented = retrieval.num_passages > 0
+    data = TaskDataModule(
+        tasks=tasks,
+        passages=settings["passages"] if augmented else None,
+        index=instantiate(config.data.index),
+        index_dir=config.data.index_dir,
+        seed=config.seed,
+        progress=config.trainer.enable_progress_bar,
+        **settings["data"],
+    )
+    reader: Reader = instantiate(config.reader)
+    heads = {task.name: task.head(reader.width, len(data.labels[task.name])) for task in tasks}
+    encoder = instantiate(config.encoder) if augmented else None
+    model = HeadedModel(reader=reader, heads=heads, encoder=encoder, settings=retrieval)
+    labels = {name: tuple(names.to_list()) for name, names in data.labels.items()}
+    module = TaskLightningModule(model=model, tasks=tasks, labels=labels, optim=instantiate(config.optim))
+    data.bind(model)
+    return module, data
+
+
+def check_task_choices(config: DictConfig) -> None:
+    """Refuses what is for generators, or not there for heads yet: it would be read and ignored.
+
+    Raises:
+        ConfigError: Names the choices.
+    """
+    retriever: RetrieverSettings = instantiate(config.retriever)
+    ignored = [group for group in ("peft", "reinforce", "distill") if config.get(group) is not None]
+    ignored += ["retriever_loss"] if "retriever_losses" in config.objective else []
+    ignored += ["retriever"] if retriever.kind != "dense" or retriever.rerank != "none" else []
+    ignored += ["reindex"] if config.reindex.schedule is not None or config.reindex.trigger != "schedule" else []
+    ignored += ["optim.checkpoint_activations"] if config.optim.get("checkpoint_activations") else []
+    ignored += ["optim.train_passage_encoder"] if config.optim.get("train_passage_encoder") else []
+    if ignored:
+        raise ConfigError(
+            f"task: expected choices that heads take, got {', '.join(ignored)}. Heads search a dense index whose "
+            "passage tower stays as it is: leave these out."
+        )
+
+
+def build_walk(config: DictConfig, data: TaskDataModule) -> WalkCallback:
+    """Builds the walk over the run's tasks that ``curriculum=task_graph`` asks for."""
+    settings = plain(config.curriculum)
+    sizes = {name: len(splits["train"]) for name, splits in data.examples.items()}
+    description = settings.pop("graph") or {"nodes": dict.fromkeys(sizes)}
+    nodes = {
+        name: {"size": sizes.get(name), **(node or {})} if name in sizes else node
+        for name, node in description["nodes"].items()
+    }
+    graph = ActivityGraph.from_dict({**description, "nodes": nodes})
+    settings.pop("policy")
+    policy = instantiate(config.curriculum.policy, graph=graph, seed=config.seed)
+    targets, probe_size = settings.pop("targets"), settings.pop("probe_size")
+    return WalkCallback(walk=Walk(graph, policy, **settings), targets=targets, probe_size=probe_size)
+
+
+def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Sequence[L.Callback] = ()) -> L.Trainer:
     """Builds the trainer with its logger and callbacks; batches are divided among processes by our loader."""
-    chosen = [instantiate(entry) for entry in (callbacks or {}).values() if entry is not None]
+    chosen = [*further, *(instantiate(entry) for entry in (callbacks or {}).values() if entry is not None)]
     chosen.append(TrackingCallback(config=recordable(config)))
     if not config.trainer.enable_progress_bar:
         chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
     logger = instantiate(config.logger) if config.get("logger") is not None else False
     fixed: dict[str, Any] = {"callbacks": chosen, "logger": logger, "use_distributed_sampler": False}
-    if config.data.validation is None:
+    if config.data.validation is None and config.get("task") is None:
         fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
     check_validation_interval(config.trainer.val_check_interval, config.trainer.accumulate_grad_batches)
     trainer: L.Trainer = instantiate(config.trainer, **fixed)

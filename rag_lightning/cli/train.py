@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.cli.build import build_run, build_trainer, recordable
+from rag_lightning.cli.build import build_run, build_task_run, build_trainer, build_walk, recordable
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag_parts import RetrieverSource
 from rag_lightning.training.datamodule import RagDataModule
@@ -31,21 +31,51 @@ def run(config: DictConfig) -> float | None:
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
         torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.get("curriculum") is not None and config.get("task") is None:
+        raise ConfigError("curriculum: expected tasks to walk over, got none. Choose them, as task=multitask.")
+    if config.get("task") is not None:
+        trainer = _train_heads(config, folder, checkpoint)
+    else:
+        trainer = _train_rag(config, folder, checkpoint)
+    if trainer.is_global_zero:
+        _record_seconds(folder, time.perf_counter() - start)
+    return _sweep_metric(trainer, config)
+
+
+def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
     module, data = build_run(config)
     trainer = build_trainer(config, config.callbacks)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:
-        logger.info("interrupted; resume with: rag-lightning train resume=%s", folder)
-        raise
+    _fit(trainer, module, data, folder, checkpoint)
     if config.data.test is not None:
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
     else:  # a saved model names the index of its passage tower as it is
         data.ensure_index(step=trainer.global_step, fresh=True)
     if trainer.is_global_zero:
         save_model(module, data, folder)
-        _record_seconds(folder, time.perf_counter() - start)
-    return _sweep_metric(trainer, config)
+    return trainer
+
+
+def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
+    module, data = build_task_run(config)
+    walk = [build_walk(config, data)] if config.get("curriculum") is not None else []
+    trainer = build_trainer(config, config.callbacks, walk)
+    _fit(trainer, module, data, folder, checkpoint)
+    if any("test" in splits for splits in data.examples.values()):
+        trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
+    if trainer.is_global_zero:
+        module.model.save_pretrained(folder / "model", labels=module.labels)
+        logger.info("model saved to %s", folder / "model")
+    return trainer
+
+
+def _fit(
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: Path, checkpoint: Path | None
+) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        logger.info("interrupted; resume with: rag-lightning train resume=%s", folder)
+        raise
 
 
 def save_model(module: RagLightningModule, data: RagDataModule, folder: Path) -> None:

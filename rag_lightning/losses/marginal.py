@@ -232,3 +232,31 @@ def _checked(
     if not bool(target_mask.any(dim=1).all()):
         raise ValueError("a target has no scored token: give every example a non-empty answer")
     return at_least_float32(token_log_probs), at_least_float32(doc_log_probs)
+
+
+def class_log_probs(
+    class_log_probs_BKC: Float[Tensor, "B K *places C"], doc_log_probs_BK: Float[Tensor, "B K"]
+) -> Float[Tensor, "B *places C"]:
+    """Returns ``log Σ_k p(z_k|x) p(y|x,z_k)`` for each class, or for each class at each place, in float32 at least.
+
+    A class is an answer of one token, for which RAG-Sequence and RAG-Token are the same (Lewis et al. 2020, §3.4).
+
+    Args:
+        class_log_probs_BKC: ``log p(y | x, z_k)``.
+        doc_log_probs_BK: ``log p(z_k | x)``; ``-inf`` for a missing passage.
+
+    Raises:
+        ValueError: Batch or passages differ.
+
+    >>> class_log_probs(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]]).log(), torch.tensor([[0.5, 0.5]]).log()).exp()
+    tensor([[0.3000, 0.7000]])
+    """
+    if class_log_probs_BKC.shape[:2] != doc_log_probs_BK.shape:
+        raise ValueError(
+            f"expected class log-probabilities [B, K, …, C] for a prior of shape {tuple(doc_log_probs_BK.shape)}, came "
+            f"{tuple(class_log_probs_BKC.shape)}"
+        )
+    with torch.autocast(doc_log_probs_BK.device.type, enabled=False):
+        prior = at_least_float32(doc_log_probs_BK)
+        prior = prior.view(*prior.shape, *(1 for _ in class_log_probs_BKC.shape[2:]))
+        return (at_least_float32(class_log_probs_BKC) + prior).logsumexp(dim=1)

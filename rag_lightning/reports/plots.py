@@ -30,7 +30,7 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
     if not any(_is_number(value) for value in values):
         _plot_bars(curves, values, setting=setting, path=path)
         return
-    figure = _figure(6, 4, "drawing a curve")
+    figure = new_figure(6, 4, "drawing a curve")
     axes = figure.subplots()
     for metric, points in curves.items():
         means = [100 * point.mean for point in points.values()]
@@ -44,7 +44,7 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
 
 
 def _plot_bars(curves: Mapping[str, Mapping[str, Spread]], values: Sequence[str], *, setting: str, path: Path) -> None:
-    figure = _figure(7, 1 + 0.22 * len(values) * (len(curves) + 1), "drawing bars")
+    figure = new_figure(7, 1 + 0.22 * len(values) * (len(curves) + 1), "drawing bars")
     axes = figure.subplots()
     thickness = 0.8 / len(curves)
     for number, (metric, points) in enumerate(curves.items()):
@@ -95,7 +95,7 @@ def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
         )
     num_tokens, num_passages = len(posteriors.tokens), len(posteriors.probabilities)
     width = 5 + 0.5 * num_tokens
-    figure = _figure(width, 2.2 + 0.35 * num_passages, "drawing a heat map")
+    figure = new_figure(width, 2.2 + 0.35 * num_passages, "drawing a heat map")
     axes = figure.subplots()
     image = axes.imshow(posteriors.probabilities, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
     titles = [
@@ -132,7 +132,12 @@ def shortened(text: str, length: int = MAX_TITLE_CHARACTERS) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def _figure(width: float, height: float, purpose: str) -> Any:
+def new_figure(width: float, height: float, purpose: str) -> Any:
+    """Returns an empty figure, its sides in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; ``purpose`` is what it was needed for.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: it keeps figures and wants a screen
     except ImportError as error:

@@ -110,15 +110,20 @@ class OutputCallback(L.Callback):
         predictions = gathered_predictions(pl_module)
         if trainer.global_rank != 0:
             return
-        metrics = {
-            name.removeprefix("test/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("test/")
-        }
+        metrics = measured_by_test(trainer)
         num_questions = len(predictions) if predictions else len(pl_module.data.questions.get("test", []))
         write_json(self.directory / "metrics.json", {**metrics, "num_questions": num_questions})
         if predictions:
             write_predictions(self.directory / "predictions.jsonl", predictions)
+
+
+def measured_by_test(trainer: L.Trainer) -> dict[str, float]:
+    """Returns what the test measured, without ``test/``."""
+    return {
+        name.removeprefix("test/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("test/")
+    }
 
 
 def gathered_predictions(module: RagLightningModule) -> list[Prediction]:

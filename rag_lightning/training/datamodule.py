@@ -25,13 +25,14 @@ from rag_lightning.text.token_store import TokenStore, open_or_build
 from rag_lightning.training.examples import (
     Collator,
     DenoisingExamples,
+    Example,
     ExampleKind,
     Examples,
     InverseClozeExamples,
     QuestionExamples,
 )
 from rag_lightning.training.live_index import IndexSettings, LiveIndex
-from rag_lightning.training.loader import QuestionLoader
+from rag_lightning.training.loader import BatchLoader
 from rag_lightning.training.pretraining_examples import MaskedExamples, pretraining_examples
 from rag_lightning.types import Question, QuestionBatch, TokenBatch
 from rag_lightning.utils import distributed
@@ -39,6 +40,7 @@ from rag_lightning.utils.transfer import to_device
 
 logger = logging.getLogger(__name__)
 BuiltT = TypeVar("BuiltT")
+QuestionLoader = BatchLoader[Example, QuestionBatch]
 
 
 class RagDataModule(L.LightningDataModule):

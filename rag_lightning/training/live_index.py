@@ -1,20 +1,22 @@
 """Which index snapshot is live, how the next one is made, and how it takes the live one's place."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rag_lightning.corpora.passages import PassageCorpus
+from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError, StaleIndexError
+from rag_lightning.index.base import Metric
 from rag_lightning.index.sharded import open_shard
 from rag_lightning.index.snapshot import Snapshot, SnapshotStore, open_snapshot
 from rag_lightning.index.vectors import Storage
-from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.dense import DenseRetriever
 from rag_lightning.retrieval.encode import PassageTokens, encode_passages
 from rag_lightning.retrieval.index_builder import RefreshJob
@@ -50,6 +52,35 @@ class IndexSettings:
     recall_at: int = 10
 
 
+@runtime_checkable
+class SearchSettings(Protocol):
+    """What decides how an index ranks."""
+
+    @property
+    def metric(self) -> Metric:
+        """By what it ranks."""
+        ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """A model whose passage tower an index is built with."""
+
+    @property
+    def encoder(self) -> BiEncoder | None:
+        """The towers; None for a model without."""
+        ...
+
+    @property
+    def settings(self) -> SearchSettings:
+        """How the index ranks."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Tell where the model is."""
+        ...
+
+
 class LiveIndex:
     """The live snapshot of one run and its successors; all processes call the same methods at the same step.
 
@@ -66,7 +97,7 @@ class LiveIndex:
     def __init__(
         self,
         *,
-        model: RagModel,
+        model: Searching,
         corpus: PassageCorpus,
         tokens: PassageTokens | None,
         root: Path,

@@ -1,18 +1,34 @@
-"""Batches of questions: shuffled by seed and epoch, divided among processes, resumable at any batch."""
+"""Batches of examples: shuffled by seed and epoch, divided among processes, resumable at any batch."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from rag_lightning.errors import ConfigError
-from rag_lightning.training.examples import Example, Examples
-from rag_lightning.types import QuestionBatch
 from rag_lightning.utils.distributed import shard
 from rag_lightning.utils.seeding import derived_seed, rng_at
 
+ExampleT = TypeVar("ExampleT")
+DrawnT = TypeVar("DrawnT", covariant=True)
+BatchT = TypeVar("BatchT")
 
-class QuestionLoader:
+
+@runtime_checkable
+class Drawn(Protocol[DrawnT]):
+    """A sequence of examples, some of them perhaps drawn anew at each visit."""
+
+    def __len__(self) -> int:
+        """How many there are in an epoch."""
+        ...
+
+    def draw(self, position: int, rng: random.Random) -> DrawnT:
+        """Returns the example at a position; ``rng`` decides what is random in it."""
+        ...
+
+
+class BatchLoader(Generic[ExampleT, BatchT]):
     """Yields this process's part of each batch.
 
     A batch has ``batch_size`` questions over all processes, so results do not depend on their number. Where a part
@@ -36,8 +52,8 @@ class QuestionLoader:
 
     def __init__(
         self,
-        examples: Examples,
-        collate: Callable[[Sequence[Example], Sequence[float]], QuestionBatch],
+        examples: Drawn[ExampleT],
+        collate: Callable[[Sequence[ExampleT], Sequence[float]], BatchT],
         *,
         batch_size: int,
         seed: int = 0,
@@ -68,7 +84,7 @@ class QuestionLoader:
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[QuestionBatch]:
+    def __iter__(self) -> Iterator[BatchT]:
         self.epoch = self._current_epoch()
         order = self._order()
         first = 0
@@ -101,5 +117,5 @@ class QuestionLoader:
         order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
         return order
 
-    def _draw(self, position: int) -> Example:
+    def _draw(self, position: int) -> ExampleT:
         return self.examples.draw(position, rng_at(self.seed, "draw", self.epoch, position))

@@ -10,13 +10,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rag_lightning.errors import CheckpointError, ConfigError
+from rag_lightning.heads.model import HeadedModel
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.base import Retriever
 from rag_lightning.training.eight_bit import adamw_8bit
 
 Schedule = Literal["constant", "linear", "cosine", "polynomial"]
 OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
-PARTS = ("query_encoder", "passage_encoder", "generator", "fusion")
+PARTS = ("query_encoder", "passage_encoder", "generator", "fusion", "reader", "heads")
+Learner = RagModel | HeadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +31,15 @@ class OptimSettings:
         lr_generator: Peak learning rate of the generator.
         lr_fusion: Peak learning rate of a hybrid retriever's learned gate: a handful of weights from zero, so far above
             those of pretrained parts.
+        lr_reader: Peak learning rate of the encoder that heads look at (``task=…``).
+        lr_heads: Peak learning rate of heads, which start at random.
         train_query_encoder: False freezes the query tower.
         train_passage_encoder: True trains the passage tower too: the K retrieved passages are encoded again with
             gradient at each step. Wants ``reindex.schedule``, or the index goes stale.
         train_generator: False freezes the generator.
         train_fusion: False freezes the gate. Without effect on a model whose fusion learns nothing.
+        train_reader: False freezes the encoder that heads look at.
+        train_heads: False freezes heads.
         weight_decay: On matrices; biases and norms are left alone.
         beta1: First moment's decay.
         beta2: Second moment's decay.
@@ -52,10 +58,14 @@ class OptimSettings:
     lr_passage_encoder: float = 1e-5
     lr_generator: float = 3e-5
     lr_fusion: float = 1e-3
+    lr_reader: float = 2e-5
+    lr_heads: float = 1e-3
     train_query_encoder: bool = True
     train_passage_encoder: bool = False
     train_generator: bool = True
     train_fusion: bool = True
+    train_reader: bool = True
+    train_heads: bool = True
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -90,8 +100,10 @@ class OptimSettings:
         return tuple(part for part in PARTS if part in set(wanted) and getattr(self, f"train_{part}"))
 
 
-def modules_of(model: RagModel) -> dict[str, nn.Module]:
+def modules_of(model: Learner) -> dict[str, nn.Module]:
     """Returns the model's parts by name; a shared tower counts as the query encoder, and so does a null passage."""
+    if isinstance(model, HeadedModel):
+        return model.parts()
     parts: dict[str, nn.Module] = {"generator": model.generator}
     if model.encoder is not None:
         query = model.encoder.query
@@ -127,7 +139,7 @@ def check_learns(model: RagModel, retriever: Retriever, trained: Iterable[str]) 
         )
 
 
-def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
+def freeze_all_but(model: Learner, trained: Iterable[str]) -> None:
     """Switches gradients on for the trained parts and off for the others.
 
     Raises:
@@ -143,8 +155,7 @@ def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
     if not trained & set(parts):
         raise ConfigError(
             f"nothing to train: this objective trains {sorted(trained) or 'only frozen parts'}, the model has "
-            f"{sorted(parts)}. Set one of optim.train_query_encoder, train_passage_encoder, train_generator, "
-            "train_fusion."
+            f"{sorted(parts)}. Set one of {', '.join(f'optim.train_{part}' for part in PARTS if part in parts)}."
         )
     for part, module in parts.items():
         fixed: frozenset[str] = getattr(module, "fixed_parameters", frozenset())  # what lies under adapters
@@ -152,7 +163,7 @@ def freeze_all_but(model: RagModel, trained: Iterable[str]) -> None:
             parameter.requires_grad_(part in trained and name not in fixed)
 
 
-def parameter_groups(model: RagModel, settings: OptimSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Learner, settings: OptimSettings) -> list[dict[str, Any]]:
     """Returns AdamW groups of the parameters that require gradients, named after their part."""
     groups: list[dict[str, Any]] = []
     for name, module in modules_of(model).items():
@@ -167,7 +178,7 @@ def parameter_groups(model: RagModel, settings: OptimSettings) -> list[dict[str,
     return groups
 
 
-def build_optimizer(model: RagModel, settings: OptimSettings) -> torch.optim.Optimizer:
+def build_optimizer(model: Learner, settings: OptimSettings) -> torch.optim.Optimizer:
     """Returns AdamW over :func:`parameter_groups`, in the form that ``settings.name`` says.
 
     Raises:

@@ -58,7 +58,8 @@ class TrackingCallback(L.Callback):
         loggers = _wandb_loggers(trainer)
         if not loggers:
             return
-        assert isinstance(pl_module, RagLightningModule)
+        if not isinstance(pl_module, RagLightningModule):
+            return
         predictions = gathered_predictions(pl_module)
         self._log_snapshot(trainer, pl_module)
         if not predictions or trainer.global_rank != 0:
@@ -70,8 +71,9 @@ class TrackingCallback(L.Callback):
 
     def _log_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loggers = _wandb_loggers(trainer)
-        assert isinstance(pl_module, RagLightningModule)
-        if not loggers or pl_module.data.dense is None or trainer.global_rank != 0:
+        if not loggers or not isinstance(pl_module, RagLightningModule):
+            return
+        if pl_module.data.dense is None or trainer.global_rank != 0:
             return
         snapshot = pl_module.data.dense.snapshot
         if snapshot.id == self._told_snapshot:

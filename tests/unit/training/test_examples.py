@@ -12,7 +12,7 @@ from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.retrieval.contexts import ContextAssembler
 from rag_lightning.retrieval.encode import PassageTokens
 from rag_lightning.training.examples import Collator, DenoisingExamples, InverseClozeExamples, QuestionExamples
-from rag_lightning.training.loader import QuestionLoader
+from rag_lightning.training.loader import BatchLoader
 from rag_lightning.types import Question
 
 
@@ -187,7 +187,7 @@ def test_shares_are_shares(name, questions, corpus):
 def test_draws_depend_on_seed_epoch_and_position_alone(questions, corpus):
     def batches(**settings):
         examples = DenoisingExamples(questions, corpus)
-        loader = QuestionLoader(examples, lambda drawn, weights: list(drawn), batch_size=4, shuffle=True, **settings)
+        loader = BatchLoader(examples, lambda drawn, weights: list(drawn), batch_size=4, shuffle=True, **settings)
         return [example for batch in loader for example in batch]
 
     once = batches(seed=1)

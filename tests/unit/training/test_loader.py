@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.training.examples import Example
-from rag_lightning.training.loader import QuestionLoader
+from rag_lightning.training.loader import BatchLoader
 from rag_lightning.types import Question
 
 
@@ -30,8 +30,8 @@ def pairs(examples: Sequence[Example], weights: Sequence[float]) -> list[tuple[s
     return [(example.question.id, example.answer, weight) for example, weight in zip(examples, weights, strict=True)]
 
 
-def loader(length: int, **settings: object) -> QuestionLoader:
-    return QuestionLoader(Numbers(length), pairs, **{"batch_size": 4, "shuffle": True, **settings})
+def loader(length: int, **settings: object) -> BatchLoader:
+    return BatchLoader(Numbers(length), pairs, **{"batch_size": 4, "shuffle": True, **settings})
 
 
 @given(length=st.integers(1, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), seed=st.integers(0, 5))
