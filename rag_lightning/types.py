@@ -51,6 +51,8 @@ class Question:
         positive_passage_ids: Gold passages, where the dataset names them.
         answer_regex: A regular expression that accepts an answer (CuratedTREC); ``answers`` is then empty.
         negative_passage_ids: Hard negatives: passages that look like an answer and hold none, hardest first.
+        source_passage_id: The passage that was made of this very question (a training example among examples to
+            retrieve), which is never retrieved for it.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Question:
     positive_passage_ids: tuple[str, ...] = ()
     answer_regex: str | None = None
     negative_passage_ids: tuple[str, ...] = ()
+    source_passage_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
