@@ -40,6 +40,7 @@ from rag_lightning.retrieval.rerank import live_vectors
 from rag_lightning.text.prompts import Prompt
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.utils.io import atomic_directory, existing_file, read_json, write_json
+from rag_lightning.utils.memory import aligned
 
 MarginalKind = Literal["rag_token", "rag_sequence", "fid", "stuffed"]
 GENERATORS: dict[str, type[PretrainedGenerator]] = {"seq2seq": Seq2SeqGenerator, "causal": CausalGenerator}
@@ -294,7 +295,7 @@ def _load_published(source: str, place: Path) -> RagParts:
     sequence = "RagSequenceForGeneration" in (config.architectures or [])
     model_class = RagSequenceForGeneration if sequence else RagTokenForGeneration
     return parts_of_hf_rag(
-        model_class.from_pretrained(source, dtype=torch.float32),
+        aligned(model_class.from_pretrained(source, dtype=torch.float32)),
         load_tokenizer(source, "question_encoder_tokenizer", config.question_encoder),
         load_tokenizer(source, "generator_tokenizer", config.generator),
     )

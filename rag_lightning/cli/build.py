@@ -1,5 +1,6 @@
 """From a composed configuration to objects: the one place where configuration ends and constructors begin."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.generators.lora import add_lora
 from rag_lightning.heads.model import HeadedModel, RetrievalSettings
 from rag_lightning.heads.reader import Reader
-from rag_lightning.methods.curriculum.graph import ActivityGraph
+from rag_lightning.methods.curriculum.graph import NODE_KEYS, ActivityGraph
 from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.rag import RagModel
 from rag_lightning.rag_parts import CONFIG_NAME, RagSettings
@@ -25,12 +26,16 @@ from rag_lightning.text.prompts import Prompt
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule, check_shapes
 from rag_lightning.training.objectives import Objective, Teacher
+from rag_lightning.training.tasks.activities import activity_from
 from rag_lightning.training.tasks.data import TaskDataModule
+from rag_lightning.training.tasks.estimation import estimated_graph
 from rag_lightning.training.tasks.module import TaskLightningModule
 from rag_lightning.training.tasks.task import Task
 from rag_lightning.training.tasks.walking import WalkCallback
 from rag_lightning.training.tracking import TrackingCallback
+from rag_lightning.utils.io import read_json, write_json
 
+logger = logging.getLogger(__name__)
 DEFAULT_DECODING: dict[str, DecodingMode] = {
     "rag_token": "rag_token",
     "rag_sequence": "rag_sequence_thorough",
@@ -139,7 +144,10 @@ def build_task_run(config: DictConfig) -> tuple[TaskLightningModule, TaskDataMod
     encoder = instantiate(config.encoder) if augmented else None
     model = HeadedModel(reader=reader, heads=heads, encoder=encoder, settings=retrieval)
     labels = {name: tuple(names.to_list()) for name, names in data.labels.items()}
-    module = TaskLightningModule(model=model, tasks=tasks, labels=labels, optim=instantiate(config.optim))
+    activities = {name: activity_from(name, node, list(heads)) for name, node in _nodes(config, list(heads)).items()}
+    module = TaskLightningModule(
+        model=model, tasks=tasks, labels=labels, optim=instantiate(config.optim), activities=activities
+    )
     data.bind(model)
     return module, data
 
@@ -164,19 +172,60 @@ def check_task_choices(config: DictConfig) -> None:
         )
 
 
-def build_walk(config: DictConfig, data: TaskDataModule) -> WalkCallback:
-    """Builds the walk over the run's tasks that ``curriculum=task_graph`` asks for."""
-    settings = plain(config.curriculum)
-    sizes = {name: len(splits["train"]) for name, splits in data.examples.items()}
-    description = settings.pop("graph") or {"nodes": dict.fromkeys(sizes)}
-    nodes = {
-        name: {"size": sizes.get(name), **(node or {})} if name in sizes else node
-        for name, node in description["nodes"].items()
+def _nodes(config: DictConfig, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns the curriculum's nodes, less what the graph itself reads; the tasks where it names none."""
+    graph = plain(config.curriculum)["graph"] if config.get("curriculum") is not None else None
+    nodes = graph["nodes"] if graph is not None else dict.fromkeys(tasks)
+    return {
+        str(name): {key: value for key, value in (node or {}).items() if key not in NODE_KEYS}
+        for name, node in nodes.items()
     }
-    graph = ActivityGraph.from_dict({**description, "nodes": nodes})
+
+
+def build_walk(
+    config: DictConfig, module: TaskLightningModule, data: TaskDataModule, *, resumed: bool = False
+) -> WalkCallback:
+    """Builds the walk over the run's activities that ``curriculum=…`` asks for.
+
+    The graph is kept in the run's ``curriculum.json``, from which a resumed run reads what was estimated.
+
+    Raises:
+        ConfigError: Edges both given and to be estimated, an estimate of activities that are not tasks, or a graph that
+            does not hold together, see :class:`~rag_lightning.methods.curriculum.graph.ActivityGraph`.
+    """
+    settings = plain(config.curriculum)
     settings.pop("policy")
+    description, estimate = settings.pop("graph") or {}, settings.pop("estimate")
+    targets, probe_size, ordered = (settings.pop(name) for name in ("targets", "probe_size", "ordered"))
+    given = description.get("nodes") or {}
+    nodes = {
+        name: {
+            "size": len(data.examples[activity.task]["train"]),
+            **{key: value for key, value in (given.get(name) or {}).items() if key in NODE_KEYS},
+        }
+        for name, activity in module.activities.items()
+    }
+    kept = Path(config.paths.run_dir) / "curriculum.json"
+    if resumed and kept.is_file():
+        graph = ActivityGraph.from_dict(read_json(kept))
+    elif estimate is None:
+        graph = ActivityGraph.from_dict({**description, "nodes": nodes})
+    else:
+        if description.get("edges") is not None:
+            raise ConfigError(
+                "curriculum.estimate: expected no curriculum.graph.edges with it, got both. Leave one out."
+            )
+        if set(nodes) != set(module.tasks):
+            raise ConfigError(
+                f"curriculum.estimate: expected the run's tasks as nodes, got {', '.join(nodes)}: what alters the "
+                "examples of a task is weighed by the walk itself"
+            )
+        graph = estimated_graph(module, data, nodes, **estimate)
+        logger.info("curriculum: %s", ", ".join(f"{a} -> {b} {weight:.3g}" for a, b, weight in graph.edges))
+    if ordered:
+        logger.info("curriculum: in the order %s", ", ".join(graph.order()))
+    write_json(kept, graph.to_dict())
     policy = instantiate(config.curriculum.policy, graph=graph, seed=config.seed)
-    targets, probe_size = settings.pop("targets"), settings.pop("probe_size")
     return WalkCallback(walk=Walk(graph, policy, **settings), targets=targets, probe_size=probe_size)
 
 
@@ -186,8 +235,8 @@ def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Seq
     chosen.append(TrackingCallback(config=recordable(config)))
     if not config.trainer.enable_progress_bar:
         chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
-    logger = instantiate(config.logger) if config.get("logger") is not None else False
-    fixed: dict[str, Any] = {"callbacks": chosen, "logger": logger, "use_distributed_sampler": False}
+    tracker = instantiate(config.logger) if config.get("logger") is not None else False
+    fixed: dict[str, Any] = {"callbacks": chosen, "logger": tracker, "use_distributed_sampler": False}
     if config.data.validation is None and config.get("task") is None:
         fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
     check_validation_interval(config.trainer.val_check_interval, config.trainer.accumulate_grad_batches)

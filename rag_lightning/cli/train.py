@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.cli.build import build_run, build_task_run, build_trainer, build_walk, recordable
-from rag_lightning.errors import ConfigError, MissingFileError
+from rag_lightning.errors import ConfigError, MissingExtraError, MissingFileError
+from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.rag_parts import RetrieverSource
+from rag_lightning.reports.curriculum_plots import plot_walk
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
 from rag_lightning.utils.io import read_json, write_json
@@ -57,15 +59,27 @@ def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.T
 
 def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
     module, data = build_task_run(config)
-    walk = [build_walk(config, data)] if config.get("curriculum") is not None else []
-    trainer = build_trainer(config, config.callbacks, walk)
+    walks = []
+    if config.get("curriculum") is not None:
+        walks.append(build_walk(config, module, data, resumed=checkpoint is not None))
+    trainer = build_trainer(config, config.callbacks, walks)
     _fit(trainer, module, data, folder, checkpoint)
+    if trainer.is_global_zero and walks:
+        _draw_walk(walks[0].walk, folder / "curriculum.png")
     if any("test" in splits for splits in data.examples.values()):
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
     if trainer.is_global_zero:
         module.model.save_pretrained(folder / "model", labels=module.labels)
         logger.info("model saved to %s", folder / "model")
     return trainer
+
+
+def _draw_walk(walk: Walk, path: Path) -> None:
+    try:
+        plot_walk(walk.graph, walk.history, path=path)
+        logger.info("the walk is drawn in %s", path)
+    except MissingExtraError as error:
+        logger.info("the walk is not drawn: %s", error)
 
 
 def _fit(

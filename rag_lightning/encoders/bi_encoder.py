@@ -28,6 +28,7 @@ from rag_lightning.text.tokenizers import load_tokenizer, tokenizer_hash
 from rag_lightning.types import Passage, TokenBatch
 from rag_lightning.utils.hashing import hash_tensors, hash_texts
 from rag_lightning.utils.lengths import embedded_once, lengths_of, model_length_groups, restored
+from rag_lightning.utils.memory import aligned
 
 
 class Tower(nn.Module):
@@ -366,5 +367,5 @@ def _load_backbone(place: str, role: str, pooling: str) -> PreTrainedModel:
             f"{role} tower: {place} ({found}) lacks {len(missing)} weights of {type(backbone).__name__}, such as "
             f"{missing[0]}. Give a checkpoint of that class (DPR's two encoders differ: then set passage_source)."
         )
-    model: PreTrainedModel = backbone
+    model: PreTrainedModel = aligned(backbone)
     return model

@@ -16,6 +16,7 @@ from rag_lightning.corpora.places import model_place
 from rag_lightning.errors import CheckpointError, ConfigError, DataError
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import Passage
+from rag_lightning.utils.memory import aligned
 
 
 class CrossEncoder(nn.Module):
@@ -86,7 +87,9 @@ class CrossEncoder(nn.Module):
                 "they would stay random. Give a checkpoint trained to score pairs."
             )
         tokens = load_tokenizer(model_place(tokenizer) if tokenizer is not None else place)
-        return cls(model=model, tokenizer=tokens, passage_template=passage_template, max_tokens=max_tokens).eval()
+        return cls(
+            model=aligned(model), tokenizer=tokens, passage_template=passage_template, max_tokens=max_tokens
+        ).eval()
 
     @classmethod
     def from_config(

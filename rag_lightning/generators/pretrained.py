@@ -22,6 +22,7 @@ from rag_lightning.generators.output_layer import OutputLayer
 from rag_lightning.text.tokenizers import load_tokenizer, special_affixes
 from rag_lightning.types import GeneratorOutput
 from rag_lightning.utils.lengths import LengthGroup, model_length_groups, ordered_rows, widened
+from rag_lightning.utils.memory import aligned
 
 Forward = Callable[[], Float[Tensor, "rows positions V"]]
 """Runs a model; one position or row less where what its output layer is given has been replaced."""
@@ -128,7 +129,7 @@ class PretrainedGenerator(nn.Module, Generator):
             tokenizer: Where its tokenizer is, if not in the same place.
         """
         place = model_place(source)
-        model = cls.auto_class.from_pretrained(place, dtype=torch.float32)
+        model = aligned(cls.auto_class.from_pretrained(place, dtype=torch.float32))
         return model, load_tokenizer(model_place(tokenizer) if tokenizer is not None else place)
 
     @classmethod
@@ -139,7 +140,7 @@ class PretrainedGenerator(nn.Module, Generator):
             directory: Where.
             settings: What :meth:`settings` said.
         """
-        model = cls.auto_class.from_pretrained(model_place(str(directory)), dtype=torch.float32)
+        model = aligned(cls.auto_class.from_pretrained(model_place(str(directory)), dtype=torch.float32))
         has_tokenizer = (directory / "tokenizer_config.json").is_file()
         tokens = load_tokenizer(directory) if has_tokenizer else None
         arguments: dict[str, Any] = {**(settings or {}), "tokenizer": tokens}

@@ -29,6 +29,7 @@ from rag_lightning.generators.shrink import keep_layers
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import GeneratorOutput, TokenBatch
 from rag_lightning.utils.lengths import LengthGroup, embedded_once, lengths_of, real_lengths, restored, widened
+from rag_lightning.utils.memory import aligned
 
 _CROSS_VALUES = ("encoder_attn.v_proj", "EncDecAttention.v", "crossattention.self.value")
 """Where BART-like, T5-like and BERT-like decoders project the values of their cross-attention."""
@@ -139,7 +140,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
         model.config.pad_token_id = tokens.pad_token_id
         model.config.decoder_start_token_id = tokens.cls_token_id
         model.config.eos_token_id = tokens.sep_token_id
-        return cls(model=model, tokenizer=tokens)
+        return cls(model=aligned(model), tokenizer=tokens)
 
     def encode(self, contexts: TokenBatch) -> EncodedContexts:
         """Runs the encoder over N contexts, those of like length together; trailing padding of all is dropped.

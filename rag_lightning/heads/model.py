@@ -12,7 +12,7 @@ the training set, which makes it a nearest-neighbour model that learns whom to a
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ from rag_lightning.heads.token_classification import TokenClassificationHead
 from rag_lightning.index.base import Metric, similarity
 from rag_lightning.losses.marginal import class_log_probs, doc_log_prior
 from rag_lightning.retrieval.base import Retriever, even_where_empty, search
-from rag_lightning.types import Hits, TokenBatch
+from rag_lightning.types import Evidence, Hits, Passage, TokenBatch
 from rag_lightning.utils.io import atomic_directory, read_json, write_json
 from rag_lightning.utils.transfer import to_device
 
@@ -86,6 +86,22 @@ class HeadOutput:
     weights_BKL: Float[Tensor, "B K L"] | None = None
 
 
+@runtime_checkable
+class PassageChange(Protocol):
+    """What a training step does to the passages found; see :mod:`rag_lightning.methods.augmentation.passages`."""
+
+    num_further: int
+    """How many passages more are to be searched for."""
+
+    def chosen(self, examples: Sequence[TaskExample], evidence: Evidence, num_passages: int) -> Hits:
+        """Returns K of the hits for each example."""
+        ...
+
+    def reworded(self, passages: Sequence[Sequence[Passage]]) -> Sequence[Sequence[Passage]]:
+        """Returns the passages as they are read."""
+        ...
+
+
 class HeadedModel(nn.Module):
     """A reader, its heads, and the encoder that finds passages for it.
 
@@ -134,6 +150,7 @@ class HeadedModel(nn.Module):
         examples: Sequence[TaskExample],
         retriever: Retriever | None = None,
         forbidden_ids: Int[Tensor, "B"] | None = None,
+        change: PassageChange | None = None,
     ) -> HeadOutput:
         """Returns what a task's head says of some examples, whose labels are not looked at.
 
@@ -142,6 +159,7 @@ class HeadedModel(nn.Module):
             examples: B records of the task's kind.
             retriever: Where to search; None for plain heads.
             forbidden_ids: The passage that must not be found for each, ``-1`` for none: the example itself.
+            change: What a training step does to the passages found; None leaves them.
 
         Raises:
             ConfigError: A retriever where heads are plain, or none where they are not.
@@ -158,12 +176,13 @@ class HeadedModel(nn.Module):
             reading = to_device(read(self.reader.tokenizer, examples, None, max_tokens=self.reader.max_tokens), device)
             logits = head(self.reader(reading), reading.tokens.attention_mask, reading.places)
             return HeadOutput(_log_softmax(logits), _word_places(head, reading, 1))
-        hits, log_prior_BK = self._retrieve([query_text(example) for example in examples], retriever, forbidden_ids)
+        hits, log_prior_BK = self._retrieve(examples, retriever, forbidden_ids, change)
+        passages = retriever.evidence(hits).passages
         reading = to_device(
             read(
                 self.reader.tokenizer,
                 examples,
-                retriever.evidence(hits).passages,
+                passages if change is None else change.reworded(passages),
                 max_tokens=self.reader.max_tokens,
                 passage_template=self.settings.passage_template,
             ),
@@ -178,12 +197,20 @@ class HeadedModel(nn.Module):
         return HeadOutput(log_probs, _word_places(head, reading, log_prior_BK.shape[1]), log_prior_BK, hits)
 
     def _retrieve(
-        self, texts: Sequence[str], retriever: Retriever, forbidden_ids: Int[Tensor, "B"] | None
+        self,
+        examples: Sequence[TaskExample],
+        retriever: Retriever,
+        forbidden_ids: Int[Tensor, "B"] | None,
+        change: PassageChange | None,
     ) -> tuple[Hits, Float[Tensor, "B K"]]:
         """Searches without gradient; the prior has one, to the query encoder."""
+        texts, num_passages = [query_text(example) for example in examples], self.settings.num_passages
         vectors_BD = self.query_vectors(texts) if retriever.needs_vectors else None
         found = None if vectors_BD is None else vectors_BD.detach()
-        hits = search(retriever, texts, found, self.settings.num_passages, forbidden_ids)
+        wanted = num_passages if change is None else num_passages + change.num_further
+        hits = search(retriever, texts, found, wanted, forbidden_ids)
+        if change is not None:
+            hits = change.chosen(examples, retriever.evidence(hits), num_passages)
         hits = hits.to(next(self.reader.parameters()).device)
         similarities_BK = None
         if vectors_BD is not None and retriever.gradient_to:

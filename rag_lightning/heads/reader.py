@@ -1,5 +1,6 @@
 """The reader: a pretrained encoder whose token states the heads look at, shared by all tasks of a run."""
 
+import re
 from pathlib import Path
 
 from jaxtyping import Float, Int
@@ -12,6 +13,9 @@ from rag_lightning.heads.reading import Reading
 from rag_lightning.text.tokenizers import load_tokenizer
 from rag_lightning.types import TokenBatch
 from rag_lightning.utils.lengths import embedded_once, lengths_of, model_length_groups, restored, widened
+from rag_lightning.utils.memory import aligned
+
+_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")  # where transformers' encoders keep their layers
 
 
 class Reader(nn.Module):
@@ -50,12 +54,23 @@ class Reader(nn.Module):
         """
         place = model_place(source)
         tokens = load_tokenizer(model_place(tokenizer) if tokenizer is not None else place)
-        return cls(backbone=AutoModel.from_pretrained(place), tokenizer=tokens, max_tokens=max_tokens)
+        return cls(backbone=aligned(AutoModel.from_pretrained(place)), tokenizer=tokens, max_tokens=max_tokens)
 
     @property
     def width(self) -> int:
         """D, the width of the states."""
         return int(self.backbone.config.hidden_size)
+
+    def depths(self) -> dict[str, int]:
+        """Returns how far below the top each parameter is: 0 in the uppermost layer, most in embeddings.
+
+        What belongs to no layer and is no embedding (a last norm) counts as top.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name))}
+        num_layers = max(layers.values(), default=-1) + 1
+        below = {name: num_layers if "embed" in name else 0 for name in names}
+        return below | {name: num_layers - 1 - layer for name, layer in layers.items()}
 
     def forward(self, reading: Reading) -> Float[Tensor, "N L D"]:
         """Returns the last states of each token; texts of like length run together, and padding behind them is 0."""

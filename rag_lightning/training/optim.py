@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rag_lightning.errors import CheckpointError, ConfigError
 from rag_lightning.heads.model import HeadedModel
+from rag_lightning.heads.reader import Reader
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.base import Retriever
 from rag_lightning.training.eight_bit import adamw_8bit
@@ -33,6 +34,8 @@ class OptimSettings:
             those of pretrained parts.
         lr_reader: Peak learning rate of the encoder that heads look at (``task=…``).
         lr_heads: Peak learning rate of heads, which start at random.
+        layer_decay: Each layer of the reader learns so much slower than the one above it, embeddings slowest:
+            discriminative fine-tuning (Howard and Ruder 2018, §3.2).
         train_query_encoder: False freezes the query tower.
         train_passage_encoder: True trains the passage tower too: the K retrieved passages are encoded again with
             gradient at each step. Wants ``reindex.schedule``, or the index goes stale.
@@ -60,6 +63,7 @@ class OptimSettings:
     lr_fusion: float = 1e-3
     lr_reader: float = 2e-5
     lr_heads: float = 1e-3
+    layer_decay: float = 1.0
     train_query_encoder: bool = True
     train_passage_encoder: bool = False
     train_generator: bool = True
@@ -83,6 +87,8 @@ class OptimSettings:
                 raise ConfigError(
                     f"optim.lr_{part}: expected a positive number, got {rate}; to freeze it set train_{part}=false"
                 )
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay: expected a factor above 0 and at most 1, got {self.layer_decay}")
         if self.schedule not in get_args(Schedule):
             raise ConfigError(f"optim.schedule: expected one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
         if self.warmup_steps < 0:
@@ -163,29 +169,47 @@ def freeze_all_but(model: Learner, trained: Iterable[str]) -> None:
             parameter.requires_grad_(part in trained and name not in fixed)
 
 
-def parameter_groups(model: Learner, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Returns AdamW groups of the parameters that require gradients, named after their part."""
-    groups: list[dict[str, Any]] = []
-    for name, module in modules_of(model).items():
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for suffix, decay, chosen in (
-            ("", settings.weight_decay, [p for p in parameters if p.ndim >= 2]),
-            ("/no_decay", 0.0, [p for p in parameters if p.ndim < 2]),
-        ):
-            if chosen:
-                rate = getattr(settings, f"lr_{name}")
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name + suffix})
-    return groups
+def parameter_groups(model: Learner, settings: OptimSettings, *, by_layer: bool = False) -> list[dict[str, Any]]:
+    """Returns AdamW groups of the parameters that require gradients, named after their part.
+
+    Args:
+        model: What learns.
+        settings: Rates and decay.
+        by_layer: A group for each layer of a reader, as ``settings.layer_decay`` asks for too; ``depth`` says how far
+            below the top it is, 0 in all other groups.
+
+    Raises:
+        ConfigError: ``layer_decay`` for a model without a reader.
+    """
+    by_layer = by_layer or settings.layer_decay != 1
+    if settings.layer_decay != 1 and not isinstance(model, HeadedModel):
+        raise ConfigError(
+            f"optim.layer_decay={settings.layer_decay}: expected 1 for a model without a reader (task=…), whose layers "
+            "it is about. Leave it out."
+        )
+    groups: dict[str, dict[str, Any]] = {}
+    for part, module in modules_of(model).items():
+        depths = module.depths() if by_layer and isinstance(module, Reader) else {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            depth, decays = depths.get(name, 0), parameter.ndim >= 2
+            key = part + (f"/depth{depth}" if depths else "") + ("" if decays else "/no_decay")
+            rate = getattr(settings, f"lr_{part}") * settings.layer_decay**depth
+            decay = settings.weight_decay if decays else 0.0
+            new: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": decay, "name": key, "depth": depth}
+            groups.setdefault(key, new)["params"].append(parameter)
+    return list(groups.values())
 
 
-def build_optimizer(model: Learner, settings: OptimSettings) -> torch.optim.Optimizer:
+def build_optimizer(model: Learner, settings: OptimSettings, *, by_layer: bool = False) -> torch.optim.Optimizer:
     """Returns AdamW over :func:`parameter_groups`, in the form that ``settings.name`` says.
 
     Raises:
         MissingExtraError: ``adamw_8bit`` without bitsandbytes.
         ConfigError: ``adamw_8bit`` where nothing would keep 8 bits.
     """
-    groups, betas = parameter_groups(model, settings), (settings.beta1, settings.beta2)
+    groups, betas = parameter_groups(model, settings, by_layer=by_layer), (settings.beta1, settings.beta2)
     if settings.name == "adamw_8bit":
         return adamw_8bit(groups, betas=betas, eps=settings.eps, model=model)
     fused = True if settings.name == "adamw_fused" else None  # None is torch's own choice among the plain ones

@@ -162,6 +162,9 @@ class Walk:
 
     def _credit(self, one: _OpenReturn) -> None:
         self.policy.update(one.source, one.target, one.total, one.probability)
+        credit = self._credits.setdefault((one.source, one.target), [0, 0.0])
+        credit[0] += 1
+        credit[1] += one.total
 
     def objective_weight(self, step: int) -> float:
         """Returns alpha of ``L + alpha * R`` at a training step, counted from 0.
@@ -184,6 +187,16 @@ class Walk:
     def mean_rewards(self) -> dict[str, float]:
         """What a step of each activity earned on average; activities without a step are missing."""
         return {name: self._reward_sums[name] / count for name, count in self._visits.items() if count > 0}
+
+    @property
+    def edge_rewards(self) -> dict[tuple[str, str], float]:
+        """What walking each edge returned on average, ``f_ij``; edges without a credited return are missing."""
+        return {edge: total / count for edge, (count, total) in self._credits.items()}
+
+    def expected_reward(self) -> float:
+        """Returns ``R = sum of delta_ij f_ij`` over all edges: the policy's probabilities times what edges returned."""
+        likely = {source: self.policy.probabilities(source) for source in dict.fromkeys(s for s, _ in self._credits)}
+        return sum(likely[source][target] * reward for (source, target), reward in self.edge_rewards.items())
 
     @property
     def transitions(self) -> Int[Tensor, "A A"]:
@@ -216,6 +229,7 @@ class Walk:
         self._visits = dict.fromkeys(self.graph.nodes, 0)
         self._reward_sums = dict.fromkeys(self.graph.nodes, 0.0)
         self._transitions: dict[tuple[str, str], int] = {}
+        self._credits: dict[tuple[str, str], list[Any]] = {}  # number of returns, their sum
 
     # ------------------------------------------------------------------ resuming
 
@@ -227,6 +241,7 @@ class Walk:
             "node": self.node,
             "waits_for_reward": self._waits_for_reward,
             "history": [list(step) for step in self.history],
+            "credits": [[source, target, *credit] for (source, target), credit in self._credits.items()],
             "open": [[one.source, one.target, one.probability, one.total, one.num_rewards] for one in self._open],
             "policy": self.policy.state_dict(),
         }
@@ -249,4 +264,5 @@ class Walk:
         self._forget()
         for activity, reward in state["history"]:
             self._record(Step(activity, reward))
+        self._credits = {(source, target): [count, total] for source, target, count, total in state["credits"]}
         self._open = [_OpenReturn(*one) for one in state["open"]]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rag_lightning.corpora.passages import PassageCorpus
-from rag_lightning.errors import NonFiniteLossError
-from rag_lightning.heads.model import HeadedModel, HeadOutput
+from rag_lightning.errors import ConfigError, NonFiniteLossError
+from rag_lightning.heads.model import HeadedModel, HeadOutput, PassageChange
 from rag_lightning.heads.reading import TaskExample
+from rag_lightning.methods.augmentation import BatchAugmentation, ChangedPassages
 from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.metrics.classes import ClassMetrics
 from rag_lightning.metrics.spans import SpanMetrics
@@ -25,10 +26,12 @@ from rag_lightning.training.optim import (
     build_scheduler,
     freeze_all_but,
 )
+from rag_lightning.training.tasks.activities import TrainingActivity
 from rag_lightning.training.tasks.data import IGNORED, TaskBatch, TaskDataModule
 from rag_lightning.training.tasks.task import Task
 from rag_lightning.types import TaggedSentence
 from rag_lightning.utils import distributed
+from rag_lightning.utils.seeding import rng_at
 
 PARTS = ("reader", "heads", "query_encoder")
 """What learns; the passage tower stays as its index was built."""
@@ -66,10 +69,20 @@ class TaskLightningModule(L.LightningModule):
         tasks: As the data module's.
         labels: Names of each task's labels.
         optim: Who learns and how fast.
+        activities: What a step can be spent on, by name; each task, by default.
+
+    Raises:
+        ConfigError: An activity changes passages that plain heads do not have.
     """
 
     def __init__(
-        self, *, model: HeadedModel, tasks: Sequence[Task], labels: dict[str, tuple[str, ...]], optim: OptimSettings
+        self,
+        *,
+        model: HeadedModel,
+        tasks: Sequence[Task],
+        labels: dict[str, tuple[str, ...]],
+        optim: OptimSettings,
+        activities: Mapping[str, TrainingActivity] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -82,7 +95,15 @@ class TaskLightningModule(L.LightningModule):
         self.predictions: list[TaskPrediction] = []
         self.tag_reports: dict[str, Any] = {}
         self.walk: Walk | None = None
-        self._task: tuple[int, str] | None = None
+        self.activities = dict(activities or {name: TrainingActivity(task=name) for name in self.tasks})
+        self._augmentations: dict[str, list[BatchAugmentation]] = {}
+        self._activity: tuple[int, str] | None = None
+        changing = [name for name, one in self.activities.items() if one.passages is not None]
+        if changing and model.settings.num_passages == 0:
+            raise ConfigError(
+                f"curriculum.graph.nodes.{changing[0]}.passages: expected heads that retrieve, these are plain: set "
+                "task.retrieval.num_passages, or leave it out"
+            )
         self.train()
 
     @property
@@ -104,42 +125,75 @@ class TaskLightningModule(L.LightningModule):
         """Opens the index again, since the best checkpoint has been read."""
         self.data.ensure_index()
 
-    def next_task(self) -> str:
-        """Returns the task of this optimiser step: as the walk goes, or each in turn without one."""
-        if self._task is None or self._task[0] != self.global_step:
-            names = list(self.tasks)
+    def next_activity(self) -> TrainingActivity:
+        """Returns what this optimiser step is spent on: as the walk goes, or each in turn without one."""
+        if self._activity is None or self._activity[0] != self.global_step:
+            names = list(self.activities)
             name = self.walk.next() if self.walk is not None else names[self.global_step % len(names)]
-            self._task = (self.global_step, name)
-        return self._task[1]
+            self._activity = (self.global_step, name)
+        return self.activities[self._activity[1]]
+
+    def _drawn(self, batch_idx: int) -> list[tuple[TaskBatch, PassageChange | None]]:
+        """Returns the step's batches, altered as its activity says."""
+        activity = self.next_activity()
+        assert self._activity is not None
+        name = self._activity[1]
+        if name not in self._augmentations:
+            train = self.data.examples[activity.task]["train"]
+            mask: str | None = self.model.reader.tokenizer.mask_token
+            self._augmentations[name] = [one.build(mask=mask, train=train) for one in activity.augment]
+        drawn: list[tuple[TaskBatch, PassageChange | None]] = []
+        for number in range(activity.batches):
+            rng = rng_at(self.data.seed, "activity", self.global_step, batch_idx, number, self.global_rank)
+            batch = self.data.draw(activity.task)
+            if activity.augment:
+                examples = list(batch.examples)
+                for augment in self._augmentations[name]:
+                    examples = augment(examples, rng)
+                weights, forbidden = batch.weights_B.tolist(), batch.forbidden_ids.tolist()
+                batch = self.data.batch(activity.task, examples, weights, forbidden)
+            change = ChangedPassages(activity.passages, rng) if activity.passages is not None else None
+            drawn.append((batch.to(self.device), change))
+        return drawn
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, step: int, batch_idx: int) -> Tensor:
         """Draws a batch of the step's task and returns its loss; refuses one that is not finite."""
-        name = self.next_task()
-        batch = self.data.draw(name).to(self.device)
-        output = self.judge(batch)
-        loss_B, units_B = example_losses(output, batch.labels)
-        totals = torch.stack([(loss_B * batch.weights_B).sum(), (units_B * batch.weights_B).sum()])
+        name = self.next_activity().task
+        examples: list[TaskExample] = []
+        sums: list[Tensor] = []
+        for batch, change in self._drawn(batch_idx):
+            loss_B, units_B = example_losses(self.judge(batch, change), batch.labels)
+            sums.append(torch.stack([(loss_B * batch.weights_B).sum(), (units_B * batch.weights_B).sum()]))
+            examples += batch.examples
+        totals = torch.stack(sums).sum(dim=0)
         summed = self.trainer.strategy.reduce(totals.detach(), reduce_op="sum")
         mean = float(summed[0] / summed[1].clamp(min=1))
         if not math.isfinite(mean):
-            ids = ", ".join(example.id for example in batch.examples[:8])
+            ids = ", ".join(example.id for example in examples[:8])
             raise NonFiniteLossError(
                 f"the loss of task {name} is not finite at step {self.global_step} (examples {ids}, …). The weights "
                 "are as they were before this step and the last checkpoint is kept. Lower the learning rates, or look "
                 "at these examples."
             )
-        self.log_dict({"train/loss": mean, f"train/{name}/loss": mean}, batch_size=len(batch.examples), prog_bar=True)
+        self.log_dict({"train/loss": mean, f"train/{name}/loss": mean}, batch_size=len(examples), prog_bar=True)
         loss: Tensor = totals[0] * self.trainer.world_size / summed[1].clamp(min=1)
         for parameter in self._idle(name):
             loss = loss + 0.0 * parameter.sum()  # distributed training waits for a gradient of each
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets the heads of other tasks rest: neither weight decay nor momentum moves them."""
-        for parameter in self._idle(self.next_task()):
+        """Lets the heads of other tasks and what is out of the activity's scope rest: no weight decay, no momentum."""
+        activity = self.next_activity()
+        for parameter in self._idle(activity.task):
             parameter.grad = None
+        for group in optimizer.param_groups:
+            part, depth = group["name"].split("/")[0], group["depth"]
+            group["lr"] *= activity.layer_decay**depth  # until the schedule sets it for the next step
+            if not activity.moves(part, depth):
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def _idle(self, task: str) -> list[nn.Parameter]:
         return [
@@ -150,9 +204,9 @@ class TaskLightningModule(L.LightningModule):
             if parameter.requires_grad
         ]
 
-    def judge(self, batch: TaskBatch) -> HeadOutput:
-        """Returns what the task's head says of a batch."""
-        output: HeadOutput = self.model(batch.task, batch.examples, self.data.retriever, batch.forbidden_ids)
+    def judge(self, batch: TaskBatch, change: PassageChange | None = None) -> HeadOutput:
+        """Returns what the task's head says of a batch, the passages found changed where a training step says so."""
+        output: HeadOutput = self.model(batch.task, batch.examples, self.data.retriever, batch.forbidden_ids, change)
         return output
 
     # ------------------------------------------------------------------ evaluation
@@ -233,9 +287,13 @@ class TaskLightningModule(L.LightningModule):
 
     # ------------------------------------------------------------------ optimiser and checkpoints
 
+    @property
+    def _by_layer(self) -> bool:
+        return any(one.layer_decay != 1 or one.scope == "top" for one in self.activities.values())
+
     def configure_optimizers(self) -> Any:
         """Returns AdamW with one group for each part, and its schedule, stepped every optimiser step."""
-        optimizer = build_optimizer(self.model, self.optim)
+        optimizer = build_optimizer(self.model, self.optim, by_layer=self._by_layer)
         scheduler = build_scheduler(optimizer, self.optim, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

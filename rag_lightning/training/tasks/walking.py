@@ -1,7 +1,7 @@
-"""A walk over tasks during training: who is trained next, and what the step was worth.
+"""A walk over activities during training: what a step is spent on, and what it was worth.
 
 After each optimiser step the loss on some held-out examples of the target tasks is measured; the drop since the step
-before is the reward of the task that was trained (Graves et al. 2017, "Automated curriculum learning", §3.2: target
+before is the reward of the activity that was trained (Graves et al. 2017, "Automated curriculum learning", §3.2: target
 prediction gain). The measure is the mean over all processes, so all processes walk the same path.
 """
 
@@ -21,10 +21,13 @@ from rag_lightning.utils.seeding import rng_at
 
 
 class WalkCallback(L.Callback):
-    """Chooses each step's task by a walk, rewards it, logs it, and keeps it in the checkpoint.
+    """Chooses each step's activity by a walk, rewards it, logs it, and keeps it in the checkpoint.
+
+    Logged besides: ``train/objective``, the loss plus ``alpha`` times :meth:`Walk.expected_reward`. Rewards do not
+    depend on the weights as they are now, so that sum has the gradient of the loss.
 
     Args:
-        walk: Over activities named like the run's tasks.
+        walk: Over the module's activities.
         targets: Tasks whose held-out loss is the measure; all by default.
         probe_size: Held-out examples of each target.
 
@@ -46,15 +49,15 @@ class WalkCallback(L.Callback):
         """Gives the module the walk, and takes the held-out examples.
 
         Raises:
-            ConfigError: The graph's nodes are not the run's tasks, or a target is none of them.
+            ConfigError: The graph's nodes are not the module's activities, or a target is no task of the run.
         """
         if stage != "fit":
             return
         assert isinstance(pl_module, TaskLightningModule)
         names = list(pl_module.tasks)
-        if set(self.walk.graph.nodes) != set(names):
+        if set(self.walk.graph.nodes) != set(pl_module.activities):
             raise ConfigError(
-                f"curriculum.graph: expected the run's tasks as nodes ({', '.join(names)}), got "
+                f"curriculum.graph: expected the run's activities as nodes ({', '.join(pl_module.activities)}), got "
                 f"{', '.join(self.walk.graph.nodes)}"
             )
         unknown = [target for target in self.targets or () if target not in names]
@@ -84,7 +87,7 @@ class WalkCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Rewards the task of an optimiser step that has just been taken."""
+        """Rewards the activity of an optimiser step that has just been taken."""
         assert isinstance(pl_module, TaskLightningModule)
         if trainer.global_step == self._rewarded_step:
             return
@@ -92,14 +95,15 @@ class WalkCallback(L.Callback):
         after = self._held_out_loss(trainer, pl_module)
         reward = self.walk.reward(self._before - after)
         self._before = after
-        alpha = self.walk.objective_weight(trainer.global_step - 1)
+        alpha, expected = self.walk.objective_weight(trainer.global_step - 1), self.walk.expected_reward()
         loss = trainer.callback_metrics["train/loss"]
         pl_module.log_dict(
             {
                 "curriculum/held_out_loss": after,
                 "curriculum/reward": reward,
+                "curriculum/expected_reward": expected,
                 "curriculum/alpha": alpha,
-                "train/objective": float(loss) + alpha * reward,
+                "train/objective": float(loss) + alpha * expected,
                 **self.walk.figures(),
             }
         )

@@ -22,19 +22,20 @@ def tokenizer():
     return train_word_tokenizer(TEXTS, vocab_size=200)
 
 
-def backbone(tokens, seed=0):
+def backbone(tokens, seed=0, num_layers=1):
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(tokens), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=len(tokens), hidden_size=16, num_hidden_layers=num_layers, num_attention_heads=2,
+        intermediate_size=16,
         max_position_embeddings=64, pad_token_id=tokens.pad_token_id, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.5,
     )  # fmt: skip
     return BertModel(config).double()
 
 
-def reader(max_tokens=32):
+def reader(max_tokens=32, num_layers=1):
     tokens = tokenizer()
-    return Reader(backbone=backbone(tokens), tokenizer=tokens, max_tokens=max_tokens)
+    return Reader(backbone=backbone(tokens, num_layers=num_layers), tokenizer=tokens, max_tokens=max_tokens)
 
 
 def encoder():

@@ -10,80 +10,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.heads.classification import ClassificationHead
-from rag_lightning.heads.model import HeadedModel, HeadOutput, RetrievalSettings
+from rag_lightning.heads.model import HeadOutput
 from rag_lightning.methods.curriculum.bandits import Exp3Policy
 from rag_lightning.methods.curriculum.graph import ActivityGraph
 from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.training.callbacks import RandomStateCallback
-from rag_lightning.training.optim import OptimSettings
 from rag_lightning.training.tasks.callbacks import TaskOutputCallback
 from rag_lightning.training.tasks.data import EXAMPLES, IGNORED, TaskDataModule
-from rag_lightning.training.tasks.module import TaskLightningModule, example_losses
-from rag_lightning.training.tasks.task import Task
+from rag_lightning.training.tasks.module import example_losses
 from rag_lightning.training.tasks.walking import WalkCallback
 from rag_lightning.types import LabelledText
 from rag_lightning.utils.io import read_json, read_json_lines
 from tests.labelled_files import write_labelled
 from tests.unit.heads import tiny
+from tests.unit.training.tasks.tiny_run import Run, sst2, wikigold
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_labelled(tmp_path_factory.mktemp("labelled"))
-
-
-def sst2(folder, **changes):
-    base = folder / "sst2"
-    return Task(
-        **{
-            "name": "sst2", "kind": "classification", "train": str(base / "train.jsonl.gz"),
-            "validation": str(base / "dev.jsonl.gz"), "test": str(base / "test.jsonl.gz"),
-            "fields": {"label_names": {"0": "bad", "1": "good"}}, **changes,
-        }
-    )  # fmt: skip
-
-
-def wikigold(folder):
-    base = folder / "wikigold"
-    return Task(
-        name="wikigold", kind="tagging", form="tagged", monitor="f1", train=str(base / "train.jsonl.gz"),
-        validation=str(base / "dev.jsonl.gz"), test=str(base / "test.jsonl.gz"),
-    )  # fmt: skip
-
-
-class Run:
-    """Data, module and trainer of a tiny run."""
-
-    def __init__(self, root, tasks, *, num_passages=0, steps=40, callbacks=(), lr=1e-2, seed=0, **data):
-        self.data = TaskDataModule(
-            tasks=tasks, passages=EXAMPLES if num_passages else None, batch_size=8, seed=seed,
-            index_dir=str(root / "index"), allow_unknown=True, **data,
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        reader = tiny.reader()
-        heads = {task.name: task.head(reader.width, len(self.data.labels[task.name])) for task in tasks}
-        self.model = HeadedModel(
-            reader=reader, heads=heads, encoder=tiny.encoder() if num_passages else None,
-            settings=RetrievalSettings(num_passages=num_passages, temperature=0.1),
-        ).float()  # fmt: skip
-        rates = OptimSettings(lr_reader=lr, lr_heads=lr, lr_query_encoder=lr, schedule="constant")
-        labels = {name: tuple(found.to_list()) for name, found in self.data.labels.items()}
-        self.module = TaskLightningModule(model=self.model, tasks=tasks, labels=labels, optim=rates)
-        self.data.bind(self.model)
-        self.trainer = L.Trainer(
-            accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks), callbacks=list(callbacks),
-            limit_val_batches=0, default_root_dir=str(root), use_distributed_sampler=False, max_epochs=-1,
-        )  # fmt: skip
-
-    def fit(self, checkpoint=None):
-        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
-        return self
-
-    def test(self):
-        parts = self.trainer.test(self.module, datamodule=self.data, verbose=False)  # one for each task, the same
-        return parts[0]
 
 
 @pytest.mark.parametrize("num_passages", [0, 3])
@@ -208,7 +154,7 @@ def test_bad_input_is_refused(folder, tmp_path):
     strange.reader.tokenizer = train_word_tokenizer(["电影"], vocab_size=50)
     with pytest.raises(DataError, match="expected a tokenizer that knows the texts"):
         TaskDataModule(tasks=[sst2(folder)]).bind(strange)
-    with pytest.raises(ConfigError, match=r"curriculum.graph: expected the run's tasks as nodes \(sst2\), got other"):
+    with pytest.raises(ConfigError, match=r"expected the run's activities as nodes \(sst2\), got other"):
         Run(tmp_path, [sst2(folder)], steps=1, callbacks=[walk(("other", "sst2"))]).fit()
     with pytest.raises(ConfigError, match="curriculum.probe_size: expected 1 or more held-out examples, got 0"):
         WalkCallback(walk=walk(("a",)).walk, probe_size=0)

@@ -12,13 +12,11 @@ of entities stay: a tagged sentence is altered between its mentions, a relation 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.heads.reading import TaskExample
 from rag_lightning.text.tagging import bio_spans
 from rag_lightning.types import RelationMention, TaggedSentence
-from rag_lightning.utils.io import existing_file, read_json
 
 Change = Callable[[Sequence[str], random.Random], list[str]]
 """Alters a stretch of words."""
@@ -90,7 +88,7 @@ def synonyms(lexicon: Mapping[str, Sequence[str]], rate: float = 0.1) -> Change:
     """Returns a change that replaces words that the lexicon has by one of their synonyms with a probability.
 
     Args:
-        lexicon: Synonyms of lower-case words; see :func:`read_lexicon`.
+        lexicon: Synonyms of lower-case words; see :mod:`~rag_lightning.methods.augmentation.lexicon`.
         rate: For each word that it has.
 
     >>> synonyms({"film": ["picture"]}, rate=1.0)(["a", "Film"], random.Random(0))
@@ -154,26 +152,6 @@ def entities(sentences: Sequence[TaggedSentence], rate: float = 0.5) -> Augmenta
         return replace(example, words=tuple(words), tags=tuple(tags))
 
     return augment
-
-
-def read_lexicon(path: str | Path) -> dict[str, list[str]]:
-    """Returns the synonyms in a JSON file, ``{"film": ["picture", "movie"]}``.
-
-    Raises:
-        MissingFileError: No such file.
-        DataError: Something else in it.
-    """
-    file = existing_file(path, "augmentation.lexicon")
-    lexicon = read_json(file, "lexicon")
-    bad = not isinstance(lexicon, dict) or not all(
-        isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)
-        for words in lexicon.values()
-    )
-    if bad:
-        raise DataError(
-            f'{file}: expected an object such as {{"film": ["picture"]}}, lists of words, came something else'
-        )
-    return {word.lower(): list(words) for word, words in lexicon.items()}
 
 
 def _sentence(example: TaggedSentence, change: Change, rng: random.Random) -> TaggedSentence:

@@ -1,0 +1,90 @@
+"""An augmentation by its name, with what it needs of a run."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rag_lightning.errors import ConfigError
+from rag_lightning.heads.reading import TaskExample
+from rag_lightning.methods.augmentation.back_translation import back_translation, translator
+from rag_lightning.methods.augmentation.lexicon import read_lexicon
+from rag_lightning.methods.augmentation.words import (
+    Augmentation,
+    changed,
+    deletion,
+    entities,
+    masking,
+    swap,
+    synonyms,
+)
+from rag_lightning.types import TaggedSentence
+
+AugmentationKind = Literal["deletion", "swap", "synonyms", "masking", "entities", "back_translation"]
+BatchAugmentation = Callable[[Sequence[TaskExample], random.Random], list[TaskExample]]
+RATES = {"deletion": 0.1, "swap": 0.1, "synonyms": 0.1, "masking": 0.15, "entities": 0.5, "back_translation": 1.0}
+"""Of words, mentions or texts; 0.1 is Wei and Zou's (2019), 0.15 Devlin et al.'s (2019)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """An augmentation.
+
+    Attributes:
+        kind: Its name.
+        rate: Of what it alters; None is :data:`RATES`.
+        mean_span_words: Of masked spans.
+        lexicon: Synonyms: a JSON file, or a folder of WN18RR.
+        there: Run or model that translates into another language (back-translation).
+        back: The same out of it.
+    """
+
+    kind: AugmentationKind
+    rate: float | None = None
+    mean_span_words: float = 2.0
+    lexicon: str | None = None
+    there: str | None = None
+    back: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(AugmentationKind):
+            raise ConfigError(
+                f"augmentation: expected one of {', '.join(get_args(AugmentationKind))}, got {self.kind!r}"
+            )
+        needs = {"synonyms": ("lexicon",), "back_translation": ("there", "back")}.get(self.kind, ())
+        missing = [name for name in needs if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(f"augmentation.{self.kind}: expected {' and '.join(missing)}, got none")
+        unread = [
+            name for name in ("lexicon", "there", "back") if getattr(self, name) is not None and name not in needs
+        ]
+        if unread:
+            raise ConfigError(f"augmentation.{self.kind}: expected no {' and '.join(unread)}, which it does not read")
+
+    def build(self, *, mask: str | None, train: Sequence[TaskExample]) -> BatchAugmentation:
+        """Returns the augmentation.
+
+        Args:
+            mask: The reader's mask token; None where it has none.
+            train: The training examples.
+
+        Raises:
+            ConfigError: Masking for a reader that has no mask.
+            DataError: Nothing that it could alter.
+        """
+        rate = self.rate if self.rate is not None else RATES[self.kind]
+        if self.kind == "back_translation":
+            return back_translation(translator(str(self.there)), translator(str(self.back)), rate)
+        if self.kind == "entities":
+            return _each(entities([one for one in train if isinstance(one, TaggedSentence)], rate))
+        if self.kind == "synonyms":
+            return _each(changed(synonyms(read_lexicon(str(self.lexicon)), rate)))
+        if self.kind == "masking":
+            if mask is None:
+                raise ConfigError("augmentation.masking: expected a reader with a mask token, its tokenizer has none")
+            return _each(changed(masking(mask, rate, self.mean_span_words)))
+        return _each(changed(deletion(rate) if self.kind == "deletion" else swap(rate)))
+
+
+def _each(augment: Augmentation) -> BatchAugmentation:
+    return lambda examples, rng: [augment(example, rng) for example in examples]
