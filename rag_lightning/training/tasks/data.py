@@ -66,6 +66,8 @@ class TaskDataModule(L.LightningDataModule):
         batch_size: Examples of a step, over all processes.
         eval_batch_size: The same of evaluation.
         train_share: Of the training examples, drawn once by the seed: what is left when labels are few.
+        limit_train: Training examples of each task at most, drawn likewise.
+        limit_eval: Validation and test examples of each task at most, the same for all seeds.
         allow_unknown: Take texts that the reader's tokenizer mostly does not know.
         index: How the passages' index is built; exact by default.
         index_dir: Where.
@@ -73,7 +75,7 @@ class TaskDataModule(L.LightningDataModule):
         progress: Show a bar while encoding.
 
     Raises:
-        ConfigError: No task, two of one name, or a share outside (0, 1].
+        ConfigError: No task, two of one name, a share outside (0, 1], or a limit below 2.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class TaskDataModule(L.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int = 64,
         train_share: float = 1.0,
+        limit_train: int | None = None,
+        limit_eval: int | None = None,
         allow_unknown: bool = False,
         index: IndexSettings | None = None,
         index_dir: str = "index",
@@ -96,6 +100,9 @@ class TaskDataModule(L.LightningDataModule):
             raise ConfigError(f"task: expected one task or more, each of its own name, got {names}")
         if not 0 < train_share <= 1:
             raise ConfigError(f"task.train_share: expected a share above 0 and at most 1, got {train_share}")
+        for limit, value in (("limit_train", limit_train), ("limit_eval", limit_eval)):
+            if value is not None and value < 2:
+                raise ConfigError(f"task.{limit}: expected 2 or more, or null for all, got {value}")
         if passages == EXAMPLES and len(tasks) > 1:
             raise ConfigError(
                 "task.passages=examples: expected one task, whose labels the examples bear, got "
@@ -112,7 +119,9 @@ class TaskDataModule(L.LightningDataModule):
         self.progress = progress
         self.examples = {name: task.read() for name, task in self.tasks.items()}
         for name, splits in self.examples.items():
-            splits["train"] = _few(splits["train"], train_share, seed, name)
+            splits["train"] = _few(splits["train"], train_share, limit_train, seed, name)
+            for split in set(splits) - {"train"}:
+                splits[split] = _few(splits[split], 1.0, limit_eval, 0, f"{name}/{split}")
         self.labels: dict[str, LabelSet] = {
             name: task.labels(self.examples[name]["train"]) for name, task in self.tasks.items()
         }
@@ -320,13 +329,15 @@ class StepLoader:
         self._first = int(state_dict["num_done"])
 
 
-def _few(examples: Sequence[TaskExample], share: float, seed: int, name: str) -> list[TaskExample]:
-    """Returns a share of the examples, the same whatever is done with them; one at least."""
-    if share == 1.0:
+def _few(
+    examples: Sequence[TaskExample], share: float, limit: int | None, seed: int, name: str
+) -> list[TaskExample]:
+    """Returns a share of the examples, or so many at most, in their order; the same whatever is done with them."""
+    wanted = min(max(1, round(share * len(examples))), limit if limit is not None else len(examples))
+    if wanted >= len(examples):
         return list(examples)
+    if wanted < 2:
+        raise DataError(f"task.train_share={share}: expected two examples at least of task {name}, came {wanted}")
     rows = list(range(len(examples)))
     rng_at(seed, "train_share", name).shuffle(rows)
-    kept = sorted(rows[: max(1, round(share * len(rows)))])
-    if len(kept) < 2:
-        raise DataError(f"task.train_share={share}: expected two examples at least of task {name}, came {len(kept)}")
-    return [examples[row] for row in kept]
+    return [examples[row] for row in sorted(rows[:wanted])]

@@ -143,6 +143,8 @@ def test_bad_input_is_refused(folder, tmp_path):
         TaskDataModule(tasks=[])
     with pytest.raises(ConfigError, match="task.train_share: expected a share above 0"):
         TaskDataModule(tasks=[sst2(folder)], train_share=0.0)
+    with pytest.raises(ConfigError, match="task.limit_eval: expected 2 or more, or null for all, got 1"):
+        TaskDataModule(tasks=[sst2(folder)], limit_eval=1)
     with pytest.raises(ConfigError, match="task.passages=examples: expected one task"):
         TaskDataModule(tasks=[sst2(folder), wikigold(folder)], passages=EXAMPLES)
     data = TaskDataModule(tasks=[sst2(folder)], passages=EXAMPLES)
