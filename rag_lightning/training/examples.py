@@ -64,6 +64,8 @@ class Examples(Protocol):
 class QuestionExamples:
     """Questions as they are; passages are retrieved, or none are read.
 
+    A passage that was made of a question (its ``source_passage_id``) is forbidden to it.
+
     Args:
         questions: The records.
         corpus: To number gold passages; None without retrieval.
@@ -118,7 +120,10 @@ class QuestionExamples:
             held = [answer for answer in answers if contains_answer(f"{passage.title} {passage.text}", [answer])]
             answers = held if held else answers
         answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
-        return Example(question, answer, row, passage, self._negatives(question, rng))
+        forbidden = -1
+        if self.corpus is not None and question.source_passage_id is not None:
+            forbidden = self.corpus.row_of(question.source_passage_id)
+        return Example(question, answer, row, passage, self._negatives(question, rng), forbidden)
 
     def _negatives(self, question: Question, rng: random.Random) -> tuple[int, ...]:
         if self.num_negatives == 0 or self.corpus is None:
@@ -127,6 +132,7 @@ class QuestionExamples:
         chosen = rng.sample(known, min(self.num_negatives, len(known)))
         rows = [self.corpus.row_of(passage_id) for passage_id in chosen]
         taken = {*rows, *(self.corpus.row_of(passage_id) for passage_id in question.positive_passage_ids)}
+        taken |= set() if question.source_passage_id is None else {self.corpus.row_of(question.source_passage_id)}
         while len(rows) < self.num_negatives:
             row = rng.randrange(len(self.corpus))
             if row not in taken:
