@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rag_lightning.cli import heads
 from rag_lightning.cli.build import bind, build_trainer, decoding_of, instantiate, load_checkpoint
 from rag_lightning.cli.prepared import ensure_prepared
 from rag_lightning.errors import ConfigError
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 def run(config: DictConfig) -> None:
     """Evaluates as configured."""
+    if heads.is_of_heads(config.checkpoint):
+        heads.evaluate(config)
+        return
     model, run_config = load_checkpoint(config.checkpoint)
     ensure_prepared(run_config)
     apply_overrides(model, config)

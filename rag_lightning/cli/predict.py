@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from rag_lightning.cli import heads
 from rag_lightning.cli.build import load_checkpoint
 from rag_lightning.cli.evaluate import apply_overrides
 from rag_lightning.corpora.passages import resolve
@@ -20,6 +21,9 @@ from rag_lightning.types import Prediction, Question
 
 def run(config: DictConfig) -> None:
     """Answers one question on the screen, or a file of them into a file; draws where one answer comes from."""
+    if heads.is_of_heads(config.checkpoint):
+        heads.predict(config)
+        return
     if (config.question is None) == (config.questions is None):
         raise ConfigError('predict: expected question="…" or questions=FILE, one of them')
     heatmap = Path(config.heatmap) if config.heatmap is not None else None

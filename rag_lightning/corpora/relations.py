@@ -66,7 +66,7 @@ def read_relations(
         if tokens in record:
             plain, first, second = _of_words(record, tokens, head, tail, place)
         else:
-            plain, first, second = _of_markers(string_field(record, text, place), f"{place}: field {text!r}")
+            plain, first, second = marked_text(string_field(record, text, place), f"{place}: field {text!r}")
         name = names.of(label_field(record, label, place))
         if name is not None:
             mentions.append(RelationMention(id=record_id, text=plain, head=first, tail=second, label=name))
@@ -74,10 +74,17 @@ def read_relations(
     return at_least_one(mentions, file, "relation mention")
 
 
-def _of_markers(marked: str, place: str) -> tuple[str, Span, Span]:
+def marked_text(marked: str, place: str) -> tuple[str, Span, Span]:
     """Returns the text without markers, and the spans of e1 and e2.
 
     White space on either side of a marker becomes one space; where there is none, none is made.
+
+    Args:
+        marked: With ``<e1>…</e1>`` and ``<e2>…</e2>``.
+        place: Where it stands, for messages.
+
+    Raises:
+        DataError: A marker is missing, or there are no words between two.
     """
     plain, end, places = "", 0, dict[str, int]()
     order: list[str] = []

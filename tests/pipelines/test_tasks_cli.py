@@ -54,3 +54,71 @@ def test_a_run_of_several_tasks_is_resumed(settings: list[str], cli: Any, tmp_pa
 def test_a_curriculum_without_tasks_is_refused(cli: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="curriculum: expected tasks to walk over, got none"):
         cli("train", tmp_path / "run", "curriculum=task_graph")
+
+
+@pytest.mark.parametrize(
+    ("task", "question"),
+    [
+        ("sst2", "a warm and funny film"),
+        ("wikigold", "Anna sings in Oslo"),
+        ("semeval2010_task8", "<e1>fire</e1> made <e2>smoke</e2>"),
+    ],
+)
+def test_finished_heads_are_measured_again_and_asked(
+    task: str, question: str, settings: list[str], cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    steps = ("trainer.max_steps=4", "trainer.limit_val_batches=0", "task.retrieval.num_passages=2")
+    cli("train", run, f"task={task}", *steps, *settings)
+    cli("evaluate", tmp_path / "again", f"checkpoint={run}")
+    first, again = (read_json(folder / "metrics.json") for folder in (run, tmp_path / "again"))
+    assert {name: value for name, value in again.items() if name != "seconds"} == pytest.approx(
+        {name: value for name, value in first.items() if name != "seconds"}
+    )
+    capsys.readouterr()
+    cli("predict", tmp_path / "asked", f"checkpoint={run / 'model'}", f"question='{question}'")
+    said = capsys.readouterr().out
+    assert task in said
+    assert said.count("p(z|x)") == 2
+
+    with pytest.raises(
+        SystemExit, match="evaluate: expected only what heads read, got num_passages, decoding.num_beams"
+    ):
+        cli("evaluate", tmp_path / "refused", f"checkpoint={run}", "num_passages=3", "decoding.num_beams=2")
+    with pytest.raises(SystemExit, match="predict: expected question="):
+        cli("predict", tmp_path / "refused", f"checkpoint={run}", "questions=F")
+
+
+def test_a_walk_over_ways_to_train_on_one_task(settings: list[str], cli: Any, tmp_path: Path) -> None:
+    chosen = ("task=sst2", "curriculum=augmentation_graph", "trainer.max_steps=8", "trainer.limit_val_batches=0")
+    cli("train", tmp_path / "run", *chosen, "task.data.train_share=0.5", *settings)
+    graph = read_json(tmp_path / "run" / "curriculum.json")
+    assert set(graph["nodes"]) == {"plain", "deletion", "swap", "masking", "top", "wide"}
+    assert (tmp_path / "run" / "curriculum.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("estimate", ["{by: gradients, num_batches: 2}", "{by: transfer, num_steps: 3}"])
+def test_edges_are_measured_before_training(estimate: str, settings: list[str], cli: Any, tmp_path: Path) -> None:
+    chosen = ("task=multitask", "curriculum=task_graph", "trainer.max_steps=2", "trainer.limit_val_batches=0")
+    cli("train", tmp_path / "run", *chosen, f"curriculum.estimate={estimate}", *settings)
+    edges = read_json(tmp_path / "run" / "curriculum.json")["edges"]
+    assert len({edge["weight"] for edge in edges}) > 1
+
+
+def test_graphs_that_do_not_fit_are_refused(settings: list[str], cli: Any, tmp_path: Path) -> None:
+    def refused(message: str, *overrides: str) -> None:
+        with pytest.raises(SystemExit, match=message):
+            cli("train", tmp_path / "run", "trainer.max_steps=2", *overrides, *settings)
+
+    graph = "curriculum.graph={nodes: {sst2: {}, ag_news: {}, fever: {}, boolq: {}}, edges: %s}"
+    cycle = "[{from: sst2, to: fever}, {from: fever, to: sst2}, {from: ag_news, to: boolq}, {from: boolq, to: boolq}]"
+    several = ("task=multitask", "curriculum=task_graph")
+    refused("cycle", *several, graph % cycle, "curriculum.ordered=true")
+    refused(
+        "expected no curriculum.graph.edges with it", *several, graph % cycle, "curriculum.estimate={by: gradients}"
+    )
+    refused("'nowhere'", *several, graph % "[{from: sst2, to: nowhere}]")
+    refused(
+        "expected the run's tasks as nodes", "task=sst2", "curriculum=augmentation_graph",
+        "curriculum.estimate={by: gradients}",
+    )  # fmt: skip

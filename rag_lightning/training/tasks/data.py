@@ -329,9 +329,7 @@ class StepLoader:
         self._first = int(state_dict["num_done"])
 
 
-def _few(
-    examples: Sequence[TaskExample], share: float, limit: int | None, seed: int, name: str
-) -> list[TaskExample]:
+def _few(examples: Sequence[TaskExample], share: float, limit: int | None, seed: int, name: str) -> list[TaskExample]:
     """Returns a share of the examples, or so many at most, in their order; the same whatever is done with them."""
     wanted = min(max(1, round(share * len(examples))), limit if limit is not None else len(examples))
     if wanted >= len(examples):

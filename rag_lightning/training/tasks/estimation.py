@@ -36,8 +36,8 @@ def estimated_graph(
         data: Bound to its model.
         nodes: Settings of the nodes, see :meth:`ActivityGraph.from_dict`.
         by: ``gradients``: cosines between the reader's gradients of ``num_batches`` batches of each task. ``transfer``:
-            how much a target's held-out loss falls by ``num_steps`` steps on its own task and a source in turn, beyond
-            what as many steps on its own task alone make it fall.
+            how much further a target's held-out loss falls by ``num_steps`` steps on it where a step on the source
+            goes before each.
         num_batches: See ``by``.
         num_steps: See ``by``.
         probe_size: Held-out examples of each target (transfer).
@@ -63,16 +63,13 @@ def _measured(
         gradients = {name: _gradients(module, data, name, num_batches) for name in module.tasks}
         return graph_from_gradients(gradients, nodes)
     names = list(module.tasks)
-    alone = {target: _loss_after(module, data, [target], target, num_steps, probe_size) for target in names}
+    alone = {target: _loss_after(module, data, [target] * num_steps, target, probe_size) for target in names}
     gains = {
-        (source, target): alone[target] - _loss_after(module, data, [target, source], target, num_steps, probe_size)
+        (source, target): alone[target] - _loss_after(module, data, [source, target] * num_steps, target, probe_size)
         for source in names
         for target in names
-        if source != target
     }
-    # that a task may be trained again is not measured, it is as good as the best of what was
-    best = max(max(gains.values(), default=0.0), 1e-9)
-    return graph_from_transfer({**gains, **{(name, name): best for name in names}}, nodes)
+    return graph_from_transfer(gains, nodes)
 
 
 def _gradients(
@@ -88,7 +85,7 @@ def _gradients(
 
 
 def _loss_after(
-    module: TaskLightningModule, data: TaskDataModule, trained: list[str], target: str, num_steps: int, probe_size: int
+    module: TaskLightningModule, data: TaskDataModule, trained: list[str], target: str, probe_size: int
 ) -> float:
     """Returns the held-out loss of a target after a short training by plain AdamW, whose weights are then put back."""
     kept = copy.deepcopy(module.model.state_dict())
@@ -99,9 +96,9 @@ def _loss_after(
     ]
     optimizer = torch.optim.AdamW(groups)
     try:
-        for step in range(num_steps):
+        for step, task in enumerate(trained):
             optimizer.zero_grad()
-            _loss(module, data, trained[step % len(trained)], step).backward()  # type: ignore[no-untyped-call]
+            _loss(module, data, task, step).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
             return float(_loss(module, data, target, 0, split="validation", size=probe_size))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_lightning.corpora.relations import _of_markers, read_relations
+from rag_lightning.corpora.relations import marked_text, read_relations
 from rag_lightning.errors import DataError, MissingFileError
 from rag_lightning.types import RelationMention
 
@@ -43,7 +43,7 @@ def test_both_forms_are_read(tmp_path):
     ],
 )
 def test_markers_leave_the_text_as_it_reads(marked, text, head, tail):
-    plain, first, second = _of_markers(marked, "here")
+    plain, first, second = marked_text(marked, "here")
     assert plain == text
     assert (plain[slice(*first)], plain[slice(*second)]) == (head, tail)
 
@@ -57,7 +57,7 @@ def test_markers_are_undone(before, first, between, second, after, swapped, inne
     """Marking words and reading the markers gives the words back, and the same places as counting words does."""
     one, two = ("e2", "e1") if swapped else ("e1", "e2")
     marks = [f"<{name}>{inner}{' '.join(part)}{inner}</{name}>" for name, part in ((one, first), (two, second))]
-    plain, head, tail = _of_markers(" ".join([*before, marks[0], *between, marks[1], *after]), "here")
+    plain, head, tail = marked_text(" ".join([*before, marks[0], *between, marks[1], *after]), "here")
     assert plain == " ".join([*before, *first, *between, *second, *after])
     start = len(" ".join([*before, ""])) if before else 0
     later = len(" ".join([*before, *first, *between, ""]))
