@@ -36,6 +36,8 @@ from rag_lightning.training.tracking import TrackingCallback
 from rag_lightning.utils.io import read_json, write_json
 
 logger = logging.getLogger(__name__)
+NOT_FOR_HEADS = ("generator", "objective", "decoding", "model", "module", "data", "method")
+"""Groups that a run of heads does not read; of data the index alone."""
 DEFAULT_DECODING: dict[str, DecodingMode] = {
     "rag_token": "rag_token",
     "rag_sequence": "rag_sequence_thorough",
@@ -157,8 +159,12 @@ def build_task_run(config: DictConfig) -> tuple[TaskLightningModule, TaskDataMod
     return module, data
 
 
-def check_task_choices(config: DictConfig) -> None:
+def check_task_choices(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     """Refuses what is for generators, or not there for heads yet: it would be read and ignored.
+
+    Args:
+        config: The run's.
+        overrides: What the command line says, as typed.
 
     Raises:
         ConfigError: Names the choices.
@@ -170,6 +176,8 @@ def check_task_choices(config: DictConfig) -> None:
     ignored += ["reindex"] if config.reindex.schedule is not None or config.reindex.trigger != "schedule" else []
     ignored += ["optim.checkpoint_activations"] if config.optim.get("checkpoint_activations") else []
     ignored += ["optim.train_passage_encoder"] if config.optim.get("train_passage_encoder") else []
+    keys = [override.lstrip("+~").split("=")[0] for override in overrides]
+    ignored += [key for key in keys if key.split(".")[0] in NOT_FOR_HEADS and not key.startswith("data.index")]
     if ignored:
         raise ConfigError(
             f"task: expected choices that heads take, got {', '.join(ignored)}. Heads search a dense index whose "

@@ -10,7 +10,15 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.cli.build import build_run, build_task_run, build_trainer, build_walk, has_heads, recordable
+from rag_lightning.cli.build import (
+    build_run,
+    build_task_run,
+    build_trainer,
+    build_walk,
+    check_task_choices,
+    has_heads,
+    recordable,
+)
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
 from rag_lightning.errors import ConfigError, MissingExtraError, MissingFileError
 from rag_lightning.methods.curriculum.walk import Walk
@@ -60,6 +68,7 @@ def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.T
 
 
 def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
+    check_task_choices(config, HydraConfig.get().overrides.task)
     module, data = build_task_run(config)
     walks = []
     if config.get("curriculum") is not None:

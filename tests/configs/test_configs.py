@@ -40,6 +40,7 @@ from rag_lightning.cli.build import (
     build_task_run,
     build_trainer,
     build_walk,
+    check_task_choices,
     decoding_of,
     instantiate,
     recordable,
@@ -422,7 +423,7 @@ def task_overrides(tmp_path: Path, sources: dict[str, Path]) -> list[str]:
 def built_task(config: DictConfig) -> tuple[TaskLightningModule, TaskDataModule, L.Trainer]:
     """Builds everything that a training of heads is made of."""
     module, data = build_task_run(config)
-    walks = [build_walk(config, data)] if config.get("curriculum") is not None else []
+    walks = [build_walk(config, module, data)] if config.get("curriculum") is not None else []
     trainer = build_trainer(config, config.callbacks, walks)
     assert any(isinstance(callback, TaskOutputCallback) for callback in trainer.callbacks)
     return module, data, trainer
@@ -474,6 +475,21 @@ def test_choices_that_heads_would_ignore_are_refused(
         build_task_run(config)
 
 
+def test_what_only_generators_read_is_refused_of_heads(compose: Compose, task_overrides: list[str]) -> None:
+    config = compose("train", "task=sst2", *task_overrides)
+    given = [
+        "task=sst2",
+        "generator=bart_base",
+        "+model.num_passages=3",
+        "data.index.nprobe=4",
+        "seed=1",
+        "data.train=F",
+    ]
+    with pytest.raises(ConfigError, match=r"got generator, model.num_passages, data.train\. Heads"):
+        check_task_choices(config, given)
+    check_task_choices(config, [given[0], *given[3:5]])
+
+
 @pytest.mark.parametrize("policy", sorted(path.stem for path in (CONF / "curriculum" / "policy").glob("*.yaml")))
 def test_every_policy_walks_over_the_tasks(policy: str, compose: Compose, task_overrides: list[str]) -> None:
     chosen = ("task=multitask", "curriculum=task_graph", f"curriculum/policy={policy}")
@@ -487,6 +503,20 @@ def test_every_policy_walks_over_the_tasks(policy: str, compose: Compose, task_o
     assert {key: getattr(callback.walk.policy, key) for key in named} == named
     defaults = inspect.signature(type(callback.walk.policy)).parameters
     assert {key: defaults[key].default for key in settings} == settings, "the file and the class have the same defaults"
+
+
+def test_the_augmentation_graph_walks_over_ways_to_train(compose: Compose, task_overrides: list[str]) -> None:
+    config = compose("train", "task=sst2", "curriculum=augmentation_graph", *task_overrides)
+    module, data, trainer = built_task(config)
+    (callback,) = [one for one in trainer.callbacks if isinstance(one, WalkCallback)]
+    nodes = callback.walk.graph.nodes
+    assert set(nodes) == set(config.curriculum.graph.nodes)
+    assert {callback.walk.graph.activity(name).size for name in nodes} == {len(data.examples["sst2"]["train"])}
+    kinds = {name: [one.kind for one in activity.augment] for name, activity in module.activities.items()}
+    assert kinds["masking"] == ["masking"]
+    assert kinds["plain"] == []
+    assert (module.activities["top"].scope, module.activities["top"].top_layers) == ("top", 2)
+    assert module.activities["wide"].batches == 2
 
 
 def test_the_ner_recipe_is_the_published_one(compose: Compose, task_overrides: list[str]) -> None:
