@@ -1,14 +1,15 @@
 """An augmentation by its name, with what it needs of a run."""
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rag_lightning.errors import ConfigError
-from rag_lightning.heads.reading import TaskExample
+from rag_lightning.errors import ConfigError, DataError
+from rag_lightning.heads.reading import TaskExample, query_text
 from rag_lightning.methods.augmentation.back_translation import back_translation, translator
-from rag_lightning.methods.augmentation.lexicon import read_lexicon
+from rag_lightning.methods.augmentation.lexicon import covered, read_lexicon
 from rag_lightning.methods.augmentation.words import (
     Augmentation,
     changed,
@@ -20,6 +21,7 @@ from rag_lightning.methods.augmentation.words import (
 )
 from rag_lightning.types import TaggedSentence
 
+logger = logging.getLogger(__name__)
 AugmentationKind = Literal["deletion", "swap", "synonyms", "masking", "entities", "back_translation"]
 BatchAugmentation = Callable[[Sequence[TaskExample], random.Random], list[TaskExample]]
 RATES = {"deletion": 0.1, "swap": 0.1, "synonyms": 0.1, "masking": 0.15, "entities": 0.5, "back_translation": 1.0}
@@ -78,7 +80,14 @@ class AugmentationSettings:
         if self.kind == "entities":
             return _each(entities([one for one in train if isinstance(one, TaggedSentence)], rate))
         if self.kind == "synonyms":
-            return _each(changed(synonyms(read_lexicon(str(self.lexicon)), rate)))
+            lexicon = read_lexicon(str(self.lexicon))
+            share = covered(lexicon, map(query_text, train))
+            if share == 0:
+                raise DataError(
+                    f"augmentation.synonyms: expected words of the training texts in {self.lexicon}, came none"
+                )
+            logger.info("augmentation.synonyms: %.1f %% of the training texts' words are in the lexicon", 100 * share)
+            return _each(changed(synonyms(lexicon, rate)))
         if self.kind == "masking":
             if mask is None:
                 raise ConfigError("augmentation.masking: expected a reader with a mask token, its tokenizer has none")

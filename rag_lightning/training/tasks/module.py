@@ -114,8 +114,15 @@ class TaskLightningModule(L.LightningModule):
         return datamodule
 
     def on_fit_start(self) -> None:
-        """Builds or opens the index, once the model is where it will be and a checkpoint has been read."""
+        """Builds or opens the index, once the model is where it will be and a checkpoint has been read.
+
+        Makes ready what alters examples, too: a lexicon that is not there is missed before training, not in it.
+        """
         self.data.ensure_index()
+        mask: str | None = self.model.reader.tokenizer.mask_token
+        for name, activity in self.activities.items():
+            train = self.data.examples[activity.task]["train"]
+            self._augmentations[name] = [one.build(mask=mask, train=train) for one in activity.augment]
 
     def on_validation_start(self) -> None:
         """Opens the index, where a model is validated without training."""
@@ -138,10 +145,6 @@ class TaskLightningModule(L.LightningModule):
         activity = self.next_activity()
         assert self._activity is not None
         name = self._activity[1]
-        if name not in self._augmentations:
-            train = self.data.examples[activity.task]["train"]
-            mask: str | None = self.model.reader.tokenizer.mask_token
-            self._augmentations[name] = [one.build(mask=mask, train=train) for one in activity.augment]
         drawn: list[tuple[TaskBatch, PassageChange | None]] = []
         for number in range(activity.batches):
             rng = rng_at(self.data.seed, "activity", self.global_step, batch_idx, number, self.global_rank)

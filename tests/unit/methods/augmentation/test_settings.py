@@ -29,7 +29,7 @@ def test_mentions_come_from_the_training_sentences():
     assert words == {("Anna", "sings"), ("Ben", "sings")}
 
 
-def test_bad_settings_are_refused():
+def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="synonyms: expected lexicon, got none"):
         AugmentationSettings(kind="synonyms")
     with pytest.raises(ConfigError, match="back_translation: expected back, got none"):
@@ -38,5 +38,8 @@ def test_bad_settings_are_refused():
         AugmentationSettings(kind="swap", lexicon="file")
     with pytest.raises(ConfigError, match="expected a reader with a mask token"):
         AugmentationSettings(kind="masking").build(mask=None, train=TEXTS)
+    (tmp_path / "lexicon.json").write_text('{"film": ["picture"]}')
+    with pytest.raises(DataError, match="expected words of the training texts in .*lexicon.json, came none"):
+        AugmentationSettings(kind="synonyms", lexicon=str(tmp_path / "lexicon.json")).build(mask=None, train=TEXTS)
     with pytest.raises(DataError, match="expected training sentences with mentions"):
         AugmentationSettings(kind="entities").build(mask=None, train=TEXTS)
