@@ -118,13 +118,13 @@ class TaskDataModule(L.LightningDataModule):
         self.seed = seed
         self.progress = progress
         self.examples = {name: task.read() for name, task in self.tasks.items()}
+        self.labels: dict[str, LabelSet] = {  # of all training examples: what may be said is known, if few examples are
+            name: task.labels(self.examples[name]["train"]) for name, task in self.tasks.items()
+        }
         for name, splits in self.examples.items():
             splits["train"] = _few(splits["train"], train_share, limit_train, seed, name)
             for split in set(splits) - {"train"}:
                 splits[split] = _few(splits[split], 1.0, limit_eval, 0, f"{name}/{split}")
-        self.labels: dict[str, LabelSet] = {
-            name: task.labels(self.examples[name]["train"]) for name, task in self.tasks.items()
-        }
         self.retriever: Retriever | None = None
         self._index: LiveIndex | None = None
         self._corpus: PassageCorpus | None = None
