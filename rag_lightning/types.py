@@ -53,6 +53,8 @@ class Question:
         negative_passage_ids: Hard negatives: passages that look like an answer and hold none, hardest first.
         source_passage_id: The passage that was made of this very question (a training example among examples to
             retrieve), which is never retrieved for it.
+        excluded_passage_ids: Passages that are no answer (what a user has seen already): a ranking of all passages
+            leaves them out.
     """
 
     id: str
@@ -62,6 +64,7 @@ class Question:
     answer_regex: str | None = None
     negative_passage_ids: tuple[str, ...] = ()
     source_passage_id: str | None = None
+    excluded_passage_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ them, and other fields are ignored. ``rag-lightning mine`` adds hard negatives, 
 ``"negative_passage_ids": ["3", "12"], "negative_scores": [11.5, 9.25]``
 where the scores (the miner's, larger is more similar) are optional and only checked: training with hard negatives draws
 passages, not scores, which are kept for distilling the miner.
+``"excluded_passage_ids": ["4"]`` (optional) names passages that are no answer and that a ranking of all leaves out.
 """
 
 import math
@@ -112,6 +113,8 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
     positives = _passage_ids(record, "positive_passage_ids", place, corpus)
     negatives = _passage_ids(record, "negative_passage_ids", place, corpus)
     _check_negatives(record, positives, negatives, place)
+    excluded = _passage_ids(record, "excluded_passage_ids", place, corpus)
+    _check_excluded(positives, excluded, place)
     return Question(
         id=string_field(record, "id", place),
         question=string_field(record, "question", place),
@@ -119,6 +122,7 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
         positive_passage_ids=positives,
         answer_regex=answer_regex,
         negative_passage_ids=negatives,
+        excluded_passage_ids=excluded,
     )
 
 
@@ -155,6 +159,16 @@ def _check_negatives(
         raise DataError(
             f"{place}: field 'negative_scores': expected one finite number for each of the {len(negatives)} "
             f"negative_passage_ids, came {str(scores)[:80]}. Remove the field, or mine again."
+        )
+
+
+def _check_excluded(positives: Collection[str], excluded: Collection[str], place: str) -> None:
+    """Refuses to leave out of a ranking what it is to find."""
+    wrong = set(positives) & set(excluded)
+    if wrong:
+        raise DataError(
+            f"{place}: field 'excluded_passage_ids': expected passages that are not among the positive_passage_ids, "
+            f"came {min(wrong)!r}. Remove it from one of them."
         )
 
 
