@@ -34,17 +34,16 @@ def rank_of(
         excluded: Rows to leave out, for each question; a target among them is ranked all the same.
 
     Raises:
-        DataError: Scores that are NaN, or another number of targets or exclusions than of questions.
+        DataError: Scores that are NaN, or another number of exclusions than of questions.
 
     >>> scores = torch.tensor([[0.9, 0.5, 0.7, 0.5], [0.9, 0.5, 0.7, 0.5]])
     >>> rank_of(scores, torch.tensor([1, 1]), excluded=[[], [0, 3]])
     tensor([4, 2])
     """
     excluded = [()] * len(scores_BN) if excluded is None else excluded
-    if not len(scores_BN) == len(target_B) == len(excluded):
+    if len(excluded) != len(scores_BN):
         raise DataError(
-            f"ranking: expected a target and exclusions for each of {len(scores_BN)} questions, came {len(target_B)} "
-            f"targets and {len(excluded)} lists of exclusions."
+            f"ranking: expected exclusions for each of {len(scores_BN)} questions, came {len(excluded)} lists of them."
         )
     if bool(scores_BN.isnan().any()):
         raise DataError("ranking: expected numbers as scores, came NaN. Look at the encoder: has it diverged?")

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rag_lightning.corpora.questions import read_questions
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.index.bm25 import Bm25Index, open_or_build
 from rag_lightning.metrics.ranking import RankMetrics
@@ -193,13 +194,14 @@ def data_of(pl_module: L.LightningModule) -> RagDataModule:
 
 
 def _training_questions(data: RagDataModule) -> Sequence[Question]:
-    questions = data.questions.get("train")
-    if questions is None:
+    path = data.paths["train"]
+    if path is None:
         raise ConfigError(
             "ranking: expected data.train, as popularity is counted in the training questions, came none. Name it, or "
             "set callbacks.ranking.rankings without popularity."
         )
-    return questions
+    read = data.questions.get("train")
+    return read if read is not None else read_questions(path, corpus=data.corpus)
 
 
 def _check_one_gold(question: Question, split: str) -> None:
