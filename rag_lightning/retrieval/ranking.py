@@ -1,9 +1,9 @@
 """Ranking all N passages for each question: scores of every one, and the rank of the one that is right.
 
-Inputs: query vectors and an index's passage vectors, a BM25 index, or counts. Use it where a metric needs the place of one
-passage among all (recommendation with one held-out item, Koren et al. 2009's protocol without sampled negatives, which
-Krichene and Rendle 2020, "On Sampled Metrics for Item Recommendation", show to mislead); a search finds only the first K.
-Costs B x N scores of 4 bytes; passage vectors are read block by block.
+Inputs: query vectors and an index's passage vectors, a BM25 index, or counts. Use it where a metric needs the place of
+one passage among all (recommendation with one held-out item; sampled negatives mislead, as Krichene and Rendle 2020, "On
+Sampled Metrics for Item Recommendation", show); a search finds only the first K. Costs B x N scores of 4 bytes; passage
+vectors are read block by block.
 """
 
 from collections import Counter
@@ -101,5 +101,8 @@ def gold_counts(questions: Iterable[Question], corpus: PassageCorpus) -> Int[Ten
     >>> gold_counts([Question("1", "?", (), ("b",)), Question("2", "?", (), ("b", "a"))], corpus)
     tensor([1, 2])
     """
-    counts = Counter(corpus.row_of(passage_id) for question in questions for passage_id in question.positive_passage_ids)
-    return torch.tensor([counts[row] for row in range(len(corpus))])
+    counts = Counter(passage_id for question in questions for passage_id in question.positive_passage_ids)
+    counts_N = torch.zeros(len(corpus), dtype=torch.long)
+    for passage_id, count in counts.items():
+        counts_N[corpus.row_of(passage_id)] = count
+    return counts_N

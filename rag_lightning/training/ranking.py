@@ -24,18 +24,18 @@ LEARNED: tuple[Ranking, ...] = ("dense", "dense_popularity")
 class RankingCallback(L.Callback):
     """Ranks all passages for each question and logs hit@k, nDCG@k and MRR of its one gold passage.
 
-    A question's ``excluded_passage_ids`` are left out, and equal scores count against the gold passage. The test measures
-    all rankings on the same questions in the same way, as ``test/bm25_hit@10``, ``test/bm25_ndcg@10``, ``test/bm25_mrr``;
-    validation those that change while the encoder learns, as ``val/dense_ndcg@10``:
+    A question's ``excluded_passage_ids`` are left out, and equal scores count against the gold passage. The test
+    measures all rankings on the same questions in the same way, as ``test/bm25_hit@10``, ``test/bm25_ndcg@10`` and
+    ``test/bm25_mrr``; validation those that change while the encoder learns, as ``val/dense_ndcg@10``:
 
     - ``dense``: the similarity s(x, z) of the query encoder as it is and the live index's vectors, exact, whatever else
       the retriever fuses or reranks.
     - ``popularity``: count(z), how often a passage is gold for a training question.
     - ``bm25``: the question as the encoder reads it, against titles and texts.
-    - ``dense_popularity``: s(x, z) / temperature + w log(1 + count(z)). In-batch negatives are drawn by popularity, so that
-      training with them makes s / temperature tend to ``log p(z|x) - log p(z)``; w = 1 puts the second term back (Yi et
-      al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", correct the same in
-      training).
+    - ``dense_popularity``: s(x, z) / temperature + w log(1 + count(z)). In-batch negatives are drawn by popularity, so
+      that training with them makes s / temperature tend to ``log p(z|x) - log p(z)``; w = 1 puts the second term back
+      (Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", correct the same
+      in training).
 
     Args:
         ks: Cut-offs.

@@ -1,16 +1,18 @@
 """Films to recommend from what a user has liked: MovieLens, read as passages and questions.
 
-Source: GroupLens, ``ml-latest-small`` and its larger siblings of the same columns (Harper and Konstan 2015, "The MovieLens
-Datasets: History and Context", ACM TiiS 5(4)). Licence: research use; redistribution under the same conditions, no
-commercial use without permission, no endorsement implied. The files are not part of this package.
+Source: GroupLens, ``ml-latest-small`` and its larger siblings of the same columns (Harper and Konstan 2015, "The
+MovieLens Datasets: History and Context", ACM TiiS 5(4)). Licence: research use; redistribution under the same
+conditions, no commercial use without permission, no endorsement implied. The files are not part of this package.
 
-A film is a passage: ``{"id": "318", "title": "The Shawshank Redemption", "text": "Film of 1994. Crime, Drama. Tags: prison."}``.
-A question is the films that a user liked last, the newest last: ``{"id": "7-318", "question": "Se7en; Heat; Fargo",
-"answers": ["The Shawshank Redemption"], "positive_passage_ids": ["318"], "excluded_passage_ids": ["47", "6", "608"]}``.
+A film is a passage:
+``{"id": "318", "title": "The Shawshank Redemption", "text": "Film of 1994. Crime, Drama. Tags: prison."}``
+A question is the films that a user liked last, the newest last:
+``{"id": "7-318", "question": "Seven; Heat; Fargo", "answers": ["The Shawshank Redemption"],
+"positive_passage_ids": ["318"], "excluded_passage_ids": ["47", "6", "608"]}``
 
 Leave-last-out: the last film that a user liked is the test's, the one before it the validation's, those before that are
-trained on. A question knows what its user did before its target only; a film's tags are those of all users at all times,
-as the catalogue shows them.
+trained on. A question knows what its user did before its target only; a film's tags are those of all users at all
+times, as the catalogue shows them.
 """
 
 import csv
@@ -76,13 +78,13 @@ class MovieLens:
     logged.
 
     Attributes:
-        folder: Holds ``movies.csv``, ``ratings.csv`` and, unless ``num_tags`` is 0, ``tags.csv``, each perhaps ``.gz``.
+        folder: Holds ``movies.csv``, ``ratings.csv`` and, unless ``num_tags`` is 0, ``tags.csv``; each may be ``.gz``.
         min_rating: The lowest rating of a film that is liked, on MovieLens' scale of 0.5 to 5.
         min_history: Liked films that a target needs before it, 1 at least.
         history_length: Films in a question: the last ones that were liked, whatever was liked before is cut off.
         targets_per_user: Train on the last so many of a user's training targets; None on all.
         num_tags: The most frequent tags in a film's text; equally frequent ones by the alphabet.
-        answer: What is to be written: ``title``, or ``explanation``: ``TITLE, because you liked X and Y: crime, drama``,
+        answer: What is to be written: ``title``, or ``explanation``: ``TITLE, because you liked X and Y: Crime, Drama``,
             where X and Y are the one or two films of the question that share most genres and tags with the target
             (the newest first among equals) and what follows are those shared; the title alone where nothing is.
 
@@ -139,8 +141,8 @@ class MovieLens:
         logger.info("%s: %d users, %d of them left out", self.folder, len(users), num_short)
         if not questions["train"]:
             raise DataError(
-                f"{self.folder}: expected a user who rated at least {self.min_history + 3} films with {self.min_rating} "
-                f"or more, came none among {len(users)} users. Lower min_history or min_rating."
+                f"{self.folder}: expected a user who rated at least {self.min_history + 3} films with "
+                f"{self.min_rating} or more, came none among {len(users)} users. Lower min_history or min_rating."
             )
         return PreparedData([Passage(film.id, film.title, film.text) for film in films.values()], questions)
 
@@ -149,7 +151,13 @@ class MovieLens:
         return read_films(_file(self.folder, "movies"), tags, num_tags=self.num_tags)
 
     def _question(
-        self, user: int, ratings: Sequence[Rating], liked: Sequence[int], films: Mapping[int, Film], *, seen: bool = True
+        self,
+        user: int,
+        ratings: Sequence[Rating],
+        liked: Sequence[int],
+        films: Mapping[int, Film],
+        *,
+        seen: bool = True,
     ) -> Question:
         """Returns the question whose target is the last of the ``liked`` places."""
         *before, place = liked
@@ -269,7 +277,7 @@ def read_ratings(path: Path, films: Mapping[int, Film]) -> dict[int, list[Rating
         user, film = _whole(row, "userId", place), _whole(row, "movieId", place)
         if film not in films:
             raise DataError(
-                f"{place}: field 'movieId': expected a film of movies.csv, came {film}. Take both files from one release."
+                f"{place}: field 'movieId': expected a film of movies.csv, came {film}. Take both from one release."
             )
         mine = users.setdefault(user, {})
         if film in mine:
@@ -286,8 +294,8 @@ def _file(folder: str, name: str) -> Path:
         if (root / f"{name}{suffix}").is_file():
             return root / f"{name}{suffix}"
     raise MissingFileError(
-        f"MovieLens: expected a file {name}.csv or {name}.csv.gz in {root.absolute()}, found none. Name the folder that a "
-        "release of MovieLens was unpacked to."
+        f"MovieLens: expected a file {name}.csv or {name}.csv.gz in {root.absolute()}, found none. Name the folder that "
+        "a release of MovieLens was unpacked to."
     )
 
 
