@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 from pathlib import Path
 
 GENRES = ("Action|Crime", "Comedy", "Drama|Romance", "(no genres listed)")
@@ -24,11 +25,12 @@ def ratings(num_users: int = 6) -> list[tuple]:
 
 def write_csv(path: Path, header: str, rows: list[tuple]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open(path, "wt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open("w", newline="")
-    with opened as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header.split(","))
-        writer.writerows(rows)
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(header.split(","))
+    writer.writerows(rows)
+    text = stream.getvalue().encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
 def write_movielens(

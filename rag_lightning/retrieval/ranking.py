@@ -1,9 +1,9 @@
 """Ranking all N passages for each question: scores of every one, and the rank of the one that is right.
 
 Inputs: query vectors and an index's passage vectors, a BM25 index, or counts. Use it where a metric needs the place of
-one passage among all (recommendation with one held-out item; sampled negatives mislead, as Krichene and Rendle 2020, "On
-Sampled Metrics for Item Recommendation", show); a search finds only the first K. Costs B x N scores of 4 bytes; passage
-vectors are read block by block.
+one passage among all (recommendation with one held-out item; sampled negatives mislead, as Krichene and Rendle 2020,
+"On Sampled Metrics for Item Recommendation", show); a search finds only the first K. Costs B x N scores of 4 bytes;
+passage vectors are read block by block.
 """
 
 from collections import Counter

@@ -50,7 +50,7 @@ class RankingCallback(L.Callback):
         self,
         *,
         ks: Sequence[int] = (1, 5, 10),
-        rankings: Sequence[Ranking] = ("dense", "dense_popularity", "popularity", "bm25"),
+        rankings: Sequence[str] = ("dense", "dense_popularity", "popularity", "bm25"),
         popularity_weight: float = 1.0,
     ) -> None:
         if not rankings or set(rankings) - {*get_args(Ranking)} or len(set(rankings)) != len(rankings):
@@ -59,7 +59,7 @@ class RankingCallback(L.Callback):
             )
         if not 0 < popularity_weight < float("inf"):
             raise ConfigError(f"ranking.popularity_weight: expected a number above 0, came {popularity_weight}.")
-        self.rankings = tuple(rankings)
+        self.rankings = tuple(name for name in get_args(Ranking) if name in rankings)
         self.learned = tuple(name for name in LEARNED if name in rankings)
         self.popularity_weight = popularity_weight
         self.metrics = {name: RankMetrics(ks=ks) for name in self.rankings}

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 AnswerKind = Literal["title", "explanation"]
 NO_GENRES = "(no genres listed)"
-_YEARS = re.compile(r"^(?P<name>.+?)\s*\((?P<years>\d{4}(?:[-–](?:\d{4})?)?)\)$")
+_YEARS = re.compile(r"^(?P<name>.+?)\s*\((?P<years>\d{4}(?:[-\u2013](?:\d{4})?)?)\)$")
 _OTHER_NAME = re.compile(r"^(?P<name>.+?)\s*\((?P<other>[^()]+)\)$")
 _ARTICLE = re.compile(
     r"^(?P<rest>.+), (?P<article>The|A|An|Le|La|Les|L'|Un|Une|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Ein|Eine|O|Os)$"
@@ -72,10 +72,10 @@ class Rating(NamedTuple):
 class MovieLens:
     """Reads a MovieLens folder; a :class:`~rag_lightning.corpora.generation.prepared.Preparation`.
 
-    A film is *liked* with a rating of ``min_rating`` or more. The ratings of one user are put in order by time, those of
-    the same second by the film's number. A liked film is a target where the user liked ``min_history`` films before it.
-    A user with fewer than two targets is left out, so that validation and test have the same users; how many were is
-    logged.
+    A film is *liked* with a rating of ``min_rating`` or more. The ratings of one user are put in order by time, those
+    of the same second by the film's number. A liked film is a target where the user liked ``min_history`` films
+    before it. A user with fewer than two targets is left out, so that validation and test have the same users; how many
+    were is logged.
 
     Attributes:
         folder: Holds ``movies.csv``, ``ratings.csv`` and, unless ``num_tags`` is 0, ``tags.csv``; each may be ``.gz``.
@@ -84,7 +84,7 @@ class MovieLens:
         history_length: Films in a question: the last ones that were liked, whatever was liked before is cut off.
         targets_per_user: Train on the last so many of a user's training targets; None on all.
         num_tags: The most frequent tags in a film's text; equally frequent ones by the alphabet.
-        answer: What is to be written: ``title``, or ``explanation``: ``TITLE, because you liked X and Y: Crime, Drama``,
+        answer: What is to be written: ``title``, or ``explanation``, as ``T, because you liked X and Y: Crime, Drama``,
             where X and Y are the one or two films of the question that share most genres and tags with the target
             (the newest first among equals) and what follows are those shared; the title alone where nothing is.
 
@@ -98,7 +98,7 @@ class MovieLens:
     history_length: int = 10
     targets_per_user: int | None = None
     num_tags: int = 5
-    answer: AnswerKind = "title"
+    answer: str = "title"
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_rating <= 5:
@@ -294,8 +294,8 @@ def _file(folder: str, name: str) -> Path:
         if (root / f"{name}{suffix}").is_file():
             return root / f"{name}{suffix}"
     raise MissingFileError(
-        f"MovieLens: expected a file {name}.csv or {name}.csv.gz in {root.absolute()}, found none. Name the folder that "
-        "a release of MovieLens was unpacked to."
+        f"MovieLens: expected a file {name}.csv or {name}.csv.gz in {root.absolute()}, found none. Name the folder "
+        "that a release of MovieLens was unpacked to."
     )
 
 

@@ -56,7 +56,10 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
     ("rows", "message"),
     [
         ([], r"expected at least one question, came none"),
-        ([GOOD | {"excluded_passage_ids": ["9"]}], r"line 1: field 'excluded_passage_ids': expected ids of passages in"),
+        (
+            [GOOD | {"excluded_passage_ids": ["9"]}],
+            r"line 1: field 'excluded_passage_ids': expected ids of passages in",
+        ),
         ([GOOD | {"excluded_passage_ids": "7"}], r"field 'excluded_passage_ids': expected a list of strings, came str"),
         (
             [GOOD | {"positive_passage_ids": ["7"], "excluded_passage_ids": ["8", "7"]}],

@@ -17,7 +17,9 @@ from rag_lightning.types import Passage, Question
     st.integers(2, 7).flatmap(
         lambda n: st.lists(
             st.tuples(
-                st.lists(st.integers(0, 3), min_size=n, max_size=n), st.integers(0, n - 1), st.sets(st.integers(0, n - 1))
+                st.lists(st.integers(0, 3), min_size=n, max_size=n),
+                st.integers(0, n - 1),
+                st.sets(st.integers(0, n - 1)),
             ),
             min_size=1,
             max_size=5,
@@ -61,7 +63,9 @@ def test_bm25_scores_are_those_of_a_search_and_zero_elsewhere():
     pytest.importorskip("bm25s")
     from rag_lightning.index.bm25 import Bm25Index
 
-    corpus = PassageCorpus.from_passages([Passage(word, word, f"{word} harbour" * n) for n, word in enumerate("abcd", 1)])
+    corpus = PassageCorpus.from_passages(
+        [Passage(word, word, f"{word} harbour" * n) for n, word in enumerate("abcd", 1)]
+    )
     index = Bm25Index.build(corpus)
     texts = ["b harbour", "d", "nothing"]
     expected = index.scores_of(texts, torch.arange(4).expand(3, -1))

@@ -1,6 +1,7 @@
 """The ranking callback on the tiny world, against one similarity at a time."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,21 +54,30 @@ def loop_ranks(run, questions, *, weight=None, counts=None):
 def figures(ranks, k):
     n = len(ranks)
     gains = [1 / torch.log2(torch.tensor(1.0 + rank)).item() for rank in ranks if rank <= k]
-    return {f"hit@{k}": sum(rank <= k for rank in ranks) / n, f"ndcg@{k}": sum(gains) / n, "mrr": sum(1 / r for r in ranks) / n}
+    return {
+        f"hit@{k}": sum(rank <= k for rank in ranks) / n,
+        f"ndcg@{k}": sum(gains) / n,
+        "mrr": sum(1 / r for r in ranks) / n,
+    }
 
 
 def test_figures_agree_with_a_loop_in_validation_and_test(tiny_run, excluding, tiny_world):
     train = [*range(13), 14, 14, 20, 20, 20]
-    lines = [json.loads(line) for line in open(excluding("raw", train), encoding="utf-8")]
+    lines = [json.loads(line) for line in Path(excluding("raw", train)).read_text(encoding="utf-8").splitlines()]
     for place, line in enumerate(lines):
         line["id"] = f"train-{place}"
     path = tiny_world.root / "repeated.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     run = tiny_run(
         objective=Contrastive(),
-        data={"train": str(path), "validation": excluding("val", range(13, 18)), "test": excluding("test", range(18, 23))},
+        data={
+            "train": str(path),
+            "validation": excluding("val", range(13, 18)),
+            "test": excluding("test", range(18, 23)),
+        },
         callbacks=[RankingCallback(ks=(3,), rankings=DENSE, popularity_weight=0.5)],
         max_steps=3,
+        val_check_interval=3,
     ).fit()
     validation = {name: value.item() for name, value in run.trainer.callback_metrics.items() if "val/dense" in name}
     assert "val/popularity_mrr" not in run.trainer.callback_metrics  # it does not change
@@ -80,7 +90,12 @@ def test_figures_agree_with_a_loop_in_validation_and_test(tiny_run, excluding, t
             expected = figures(loop_ranks(run, questions, **settings), 3)
             assert {figure: came[f"{split}/{name}_{figure}"] for figure in expected} == pytest.approx(expected)
     by_hand = [
-        1 + sum(counts[f] >= counts[q.positive_passage_ids[0]] for f in counts if f not in (*q.excluded_passage_ids, *q.positive_passage_ids))
+        1
+        + sum(
+            counts[f] >= counts[q.positive_passage_ids[0]]
+            for f in counts
+            if f not in (*q.excluded_passage_ids, *q.positive_passage_ids)
+        )
         for q in questions
     ]
     expected = figures(by_hand, 3)

@@ -66,7 +66,9 @@ def test_history_is_cut_from_the_left(tmp_path):
 def test_the_threshold_says_what_is_liked(tmp_path):
     folder = write_movielens(tmp_path, rated=FIVE)
     assert read(folder, min_rating=3.5).questions["test"][0].positive_passage_ids == ("8",)
-    with pytest.raises(DataError, match="expected a user who rated at least 5 films with 4.5 or more, came none among 1"):
+    with pytest.raises(
+        DataError, match="expected a user who rated at least 5 films with 4.5 or more, came none among 1"
+    ):
         read(folder, min_rating=4.5)
 
 
@@ -147,7 +149,9 @@ def test_an_explanation_names_films_that_bear_it_out(tmp_path):
     assert explanation(target, [foreign]) == "T"
     questions = read(write_movielens(tmp_path, rated=FIVE), answer="explanation").questions
     assert questions["test"][0].answers == ("Amber, because you liked Ember: Comedy, heist",)
-    for question in [q for asked in read(write_movielens(tmp_path), answer="explanation").questions.values() for q in asked]:
+    for question in [
+        q for asked in read(write_movielens(tmp_path), answer="explanation").questions.values() for q in asked
+    ]:
         title, _, reason = question.answers[0].partition(", because you liked ")
         assert title
         assert all(name in question.question.split("; ") for name in reason.partition(":")[0].split(" and ") if name)
@@ -172,7 +176,10 @@ def test_settings_are_checked(settings, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"rated": [(7, 99, 4.0, 1)]}, "ratings.csv.gz, line 2: field 'movieId': expected a film of movies.csv, came 99"),
+        (
+            {"rated": [(7, 99, 4.0, 1)]},
+            "ratings.csv.gz, line 2: field 'movieId': expected a film of movies.csv, came 99",
+        ),
         ({"rated": [(7, 1, 4.0, 1), (7, 1, 3.0, 2)]}, "line 3: expected one rating of each film by a user"),
         ({"rated": [(7, 1, 5.5, 1)]}, "field 'rating': expected a number from 0 to 5, came '5.5'"),
         ({"rated": [(7, 1, "nan", 1)]}, "field 'rating': expected a number from 0 to 5, came 'nan'"),
@@ -195,7 +202,9 @@ def test_files_that_are_no_release_of_movielens_are_refused(tmp_path):
         read(tmp_path)
     folder = write_movielens(tmp_path, suffix=".csv")
     (folder / "movies.csv").write_text("id::title\n1::A\n")
-    with pytest.raises(DataError, match="movies.csv, line 1: expected the header movieId,title,genres, came 'id::title'"):
+    with pytest.raises(
+        DataError, match="movies.csv, line 1: expected the header movieId,title,genres, came 'id::title'"
+    ):
         read(folder)
     (folder / "movies.csv").write_text('movieId,title,genres\n1,"A,Drama\n')
     with pytest.raises(DataError, match="movies.csv, line 2: expected fields quoted"):

@@ -14,20 +14,20 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the shared data set
 
 
 def test_the_release_is_read_whole():
-    prepared = MovieLens(folder=str(FOLDER), answer="explanation")()
+    prepared = MovieLens(folder=str(FOLDER), targets_per_user=10, answer="explanation")()
     corpus = PassageCorpus.from_passages(prepared.passages)
     assert len(corpus) == 9125
     with gzip.open(FOLDER / "ratings.csv.gz", "rt", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 100_004
-    liked = {user: 0 for user in (row["userId"] for row in rows)}
+    liked = dict.fromkeys((row["userId"] for row in rows), 0)
     assert len(liked) == 671
     for row in rows:
         liked[row["userId"]] += float(row["rating"]) >= 4
     kept = [count for count in liked.values() if count >= 5]
     questions = prepared.questions
     assert len(questions["test"]) == len(questions["validation"]) == len(kept)
-    assert len(questions["train"]) == sum(count - 5 for count in kept)
+    assert len(questions["train"]) == sum(min(10, count - 5) for count in kept)
     for question in (q for asked in questions.values() for q in asked):
         assert not set(question.positive_passage_ids) & set(question.excluded_passage_ids)
         assert all(corpus.has_id(one) for one in (*question.positive_passage_ids, *question.excluded_passage_ids))
