@@ -118,7 +118,7 @@ class RagModel(nn.Module):
         *,
         num_passages: int | None = None,
         reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None,
-        forbidden_ids: Int[Tensor, "B"] | None = None,
+        forbidden_ids: Int[Tensor, "B *F"] | None = None,
         query_vectors_BD: Float[Tensor, "B D"] | None = None,
     ) -> tuple[Hits, Float[Tensor, "B K"]]:
         """Returns the hits, and their document scores with gradient to what the retriever names in ``gradient_to``.
@@ -135,7 +135,7 @@ class RagModel(nn.Module):
             num_passages: K; the model's by default.
             reencode: Gives the encoder tokens ``[B * K, L]`` of passage numbers. When given, the K passages are
                 encoded again with gradient to the passage encoder, though found through the index of an older one.
-            forbidden_ids: The passage that must not be found for each question, ``-1`` for none.
+            forbidden_ids: The passage, or the F passages, that must not be found for each question, ``-1`` for none.
             query_vectors_BD: The questions' vectors, where the caller has encoded them already.
 
         Returns:

@@ -89,6 +89,9 @@ def test_figures_agree_with_a_loop_in_validation_and_test(tiny_run, excluding, t
         for name, settings in (("dense", {}), ("dense_popularity", {"weight": 0.5, "counts": counts})):
             expected = figures(loop_ranks(run, questions, **settings), 3)
             assert {figure: came[f"{split}/{name}_{figure}"] for figure in expected} == pytest.approx(expected)
+    assert tested["test/recall@3"] == pytest.approx(
+        tested["test/dense_hit@3"]
+    )  # what is retrieved is not excluded either
     by_hand = [
         1
         + sum(
