@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rag_lightning.corpora.questions import forbidden_rows
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules
 from rag_lightning.decoding.decode import decode
 from rag_lightning.decoding.options import Decoded, DecodingMode, DecodingOptions
@@ -47,7 +48,7 @@ from rag_lightning.retrieval.contexts import ContextAssembler, pad_sequences
 from rag_lightning.retrieval.fusion import ScoreFusion
 from rag_lightning.retrieval.null import NullPassage, check_similarities
 from rag_lightning.text.prompts import Prompt
-from rag_lightning.text.tokenizers import continuation_ids
+from rag_lightning.text.tokenizers import continuation_ids, truncating
 from rag_lightning.types import (
     Hits,
     Prediction,
@@ -259,8 +260,9 @@ class RagModel(nn.Module):
         if self.encoder is None or self.encoder.tokenizer is None:
             raise ConfigError("this model has no encoder tokenizer: give one when loading it")
         texts = [self.encoder.query_template.format(question=question) for question in questions]
-        encoded = self.encoder.tokenizer(texts, truncation=True, max_length=self.encoder.max_query_tokens)["input_ids"]
-        return pad_sequences(encoded, self.encoder.tokenizer.pad_token_id)
+        with truncating(self.encoder.tokenizer, keep=self.prompt.keep_question):
+            encoded = self.encoder.tokenizer(texts, truncation=True, max_length=self.encoder.max_query_tokens)
+        return pad_sequences(encoded["input_ids"], self.encoder.tokenizer.pad_token_id)
 
     def prompt_tokens(self, questions: Sequence[str]) -> TokenBatch:
         """Returns the question part of the generator's input, without special tokens."""
@@ -277,9 +279,16 @@ class RagModel(nn.Module):
                 len(encoded),
                 self.prompt.max_tokens,
             )
-        tail = self._generator_tokenizer()(self.prompt.after_question, add_special_tokens=False)["input_ids"]
-        kept = [ids if len(ids) <= limit else [*ids[: max(0, limit - len(tail))], *tail][:limit] for ids in encoded]
+        kept = [ids if len(ids) <= limit else self._cut_question(ids, limit) for ids in encoded]
         return pad_sequences(kept, self.generator.pad_token_id)
+
+    def _cut_question(self, ids: list[int], limit: int) -> list[int]:
+        """Returns the question's part within the limit, cut inside the question and not in the template around it."""
+        from_end = self.prompt.keep_question == "end"
+        around = self.prompt.before_question.rstrip() if from_end else self.prompt.after_question
+        fixed = list(self._generator_tokenizer()(around, add_special_tokens=False)["input_ids"])[:limit]
+        room = limit - len(fixed)
+        return [*fixed, *ids[len(ids) - room :]] if from_end else [*ids[:room], *fixed]
 
     def target_tokens(self, answers: Sequence[str]) -> Int[Tensor, "B T1"]:
         """Returns labels: the decoder's start token, the answer as the tokenizer writes it, the end token, padding.
@@ -420,7 +429,11 @@ class RagModel(nn.Module):
             contexts = assembler.without_passage(prompt)
         else:
             query = self.query_tokens(texts).to(device) if retriever.needs_vectors else None
-            hits, scores_BK = self.retrieve(query, texts, retriever, num_passages=num_passages)
+            forbidden_BF = torch.tensor(forbidden_rows(records, retriever.corpus), device=device)
+            forbidden_ids = forbidden_BF if bool((forbidden_BF >= 0).any()) else None
+            hits, scores_BK = self.retrieve(
+                query, texts, retriever, num_passages=num_passages, forbidden_ids=forbidden_ids
+            )
             stuffed = (decoding if decoding is not None else self.settings.decoding) == "stuffed"
             contexts = assembler.for_reading(hits.ids_BK.to(device), prompt, stuffed=stuffed)
         encoded = self.generator.encode(contexts)

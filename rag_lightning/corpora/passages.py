@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex, TypeAlias, overload
 from rag_lightning.errors import DataError, MissingExtraError, MissingFileError
 from rag_lightning.types import Passage
 from rag_lightning.utils.hashing import hash_texts
-from rag_lightning.utils.io import existing_file, open_text, read_json_lines
+from rag_lightning.utils.io import existing_file, open_text, read_json_lines, write_json_lines
 
 FIELDS = ("id", "title", "text")
 BUNDLED = "bundled:"
@@ -139,6 +139,12 @@ class PassageCorpus(Sequence[Passage]):
     def hash(self) -> str:
         """SHA-256 of ids, titles and texts in order: the same content in another format has the same hash."""
         return hash_texts(text for passage in self for text in (passage.id, passage.title, passage.text))
+
+
+def write_passages(path: str | Path, passages: Iterable[Passage]) -> None:
+    """Writes passages as JSON lines (gzip when the name ends in ``.gz``), atomically."""
+    records = ({"id": passage.id, "title": passage.title, "text": passage.text} for passage in passages)
+    write_json_lines(Path(path), records)
 
 
 def resolve(path: str | Path) -> Path:

@@ -6,8 +6,10 @@ where ``positive_passage_ids`` is optional, ``answer_regex`` (CuratedTREC) may s
 them, and other fields are ignored. ``rag-lightning mine`` adds hard negatives, hardest first:
 ``"negative_passage_ids": ["3", "12"], "negative_scores": [11.5, 9.25]``
 where the scores (the miner's, larger is more similar) are optional and only checked: training with hard negatives draws
-passages, not scores, which are kept for distilling the miner.
-``"excluded_passage_ids": ["4"]`` (optional) names passages that are no answer and that a ranking of all leaves out.
+passages, not scores, which are kept for distilling the miner. Where passages were made of the questions themselves
+(training examples to retrieve), ``"source_passage_id": "train-7"`` names the one that is never retrieved for this.
+``"excluded_passage_ids": ["4"]`` names passages that are no answer: they are not retrieved, and a ranking leaves them
+out.
 """
 
 import math
@@ -29,7 +31,7 @@ def read_questions(path: str | Path, *, corpus: PassageCorpus | None = None) -> 
 
     Args:
         path: As :func:`~rag_lightning.corpora.passages.resolve` takes it.
-        corpus: Where given, every gold passage's and hard negative's id must be in it.
+        corpus: Where given, every gold passage's, hard negative's and source passage's id must be in it.
 
     Raises:
         MissingFileError: No such file.
@@ -52,6 +54,30 @@ def read_questions(path: str | Path, *, corpus: PassageCorpus | None = None) -> 
     if not questions:
         raise DataError(f"{file}: expected at least one question, came none. Check the file.")
     return questions
+
+
+def source_rows(questions: Sequence[Question], corpus: PassageCorpus) -> list[int]:
+    """Returns the row of the passage made of each question, ``-1`` where there is none in this corpus."""
+    ids = (question.source_passage_id for question in questions)
+    return [corpus.row_of(one) if one is not None and corpus.has_id(one) else -1 for one in ids]
+
+
+def forbidden_rows(questions: Sequence[Question], corpus: PassageCorpus) -> list[list[int]]:
+    """Returns the rows of what must not be retrieved for each question, lists of one length filled up with ``-1``.
+
+    That is the passage made of it, and those that it excludes, as far as they are in this corpus.
+    """
+    found = [
+        [row, *(corpus.row_of(one) for one in question.excluded_passage_ids if corpus.has_id(one))]
+        for question, row in zip(questions, source_rows(questions, corpus), strict=True)
+    ]
+    width = max(map(len, found))
+    return [rows + [-1] * (width - len(rows)) for rows in found]
+
+
+def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
+    """Writes one JSON line for each question, atomically; :func:`read_questions` reads the same records again."""
+    write_json_lines(Path(path), (_question_record(question) for question in questions))
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
@@ -96,6 +122,17 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
     return [replace(question, answers=(answers[question.id],), answer_regex=None) for question in questions]
 
 
+def _question_record(question: Question) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": question.id, "question": question.question, "answers": list(question.answers)}
+    for name in ("positive_passage_ids", "negative_passage_ids", "excluded_passage_ids"):
+        if getattr(question, name):
+            record[name] = list(getattr(question, name))
+    for name in ("answer_regex", "source_passage_id"):
+        if getattr(question, name) is not None:
+            record[name] = getattr(question, name)
+    return record
+
+
 def _prediction_record(prediction: Prediction) -> dict[str, Any]:
     record = asdict(prediction)
     record["passages"] = [
@@ -122,19 +159,32 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
         positive_passage_ids=positives,
         answer_regex=answer_regex,
         negative_passage_ids=negatives,
+        source_passage_id=_source_passage_id(record, place, corpus),
         excluded_passage_ids=excluded,
     )
 
 
+def _source_passage_id(record: Mapping[str, Any], place: str, corpus: PassageCorpus | None) -> str | None:
+    if record.get("source_passage_id") is None:
+        return None
+    passage_id = string_field(record, "source_passage_id", place)
+    _check_known([passage_id], "source_passage_id", place, corpus)
+    return passage_id
+
+
 def _passage_ids(record: Mapping[str, Any], field: str, place: str, corpus: PassageCorpus | None) -> tuple[str, ...]:
     ids = () if record.get(field) is None else _string_list(record, field, place)
+    _check_known(ids, field, place, corpus)
+    return ids
+
+
+def _check_known(ids: Iterable[str], field: str, place: str, corpus: PassageCorpus | None) -> None:
     for passage_id in ids if corpus is not None else ():
         if corpus is not None and not corpus.has_id(passage_id):
             raise DataError(
                 f"{place}: field {field!r}: expected ids of passages in {corpus.source}, came {passage_id!r}"
                 ", which is not there. Check that questions and passages belong together."
             )
-    return ids
 
 
 def _check_negatives(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from rag_lightning.errors import ConfigError, DataError
-from rag_lightning.text.normalise import contains_answer, matches_regex
+from rag_lightning.text.normalise import Language, contains_answer, matches_regex
 from rag_lightning.types import Passage, Question
 
 
@@ -67,25 +67,31 @@ def relevant_by_gold(
 
 
 def relevant_by_answer(
-    passages: Sequence[Sequence[Passage]], questions: Sequence[Question], *, num_passages: int | None = None
+    passages: Sequence[Sequence[Passage]],
+    questions: Sequence[Question],
+    *,
+    num_passages: int | None = None,
+    language: Language = "en",
 ) -> tuple[Bool[Tensor, "B K"], Bool[Tensor, "B"]]:
     """Marks passages that hold an accepted answer, or what the answer's regular expression matches.
 
     The title or the text must hold it whole: an answer is not pieced together from the end of a title and the start
-    of its text. Arguments, result and errors are those of :func:`relevant_by_gold`; every question counts.
+    of its text. Arguments, result and errors are those of :func:`relevant_by_gold`; every question counts. For
+    ``language`` see :func:`~rag_lightning.text.normalise.contains_answer`.
     """
     _check_rows(passages, len(questions))
     rows = [
-        [_holds_answer(passage, question) for passage in row] for row, question in zip(passages, questions, strict=True)
+        [_holds_answer(passage, question, language) for passage in row]
+        for row, question in zip(passages, questions, strict=True)
     ]
     return _padded(rows, num_passages), torch.ones(len(questions), dtype=torch.bool)
 
 
-def _holds_answer(passage: Passage, question: Question) -> bool:
+def _holds_answer(passage: Passage, question: Question, language: Language) -> bool:
     parts = (passage.title, passage.text)
     if question.answer_regex is not None:
         return any(matches_regex(part, question.answer_regex) for part in parts)
-    return any(contains_answer(part, question.answers) for part in parts)
+    return any(contains_answer(part, question.answers, language) for part in parts)
 
 
 def _check_rows(passages: Sequence[Sequence[Passage]], num_questions: int) -> None:

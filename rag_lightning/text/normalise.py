@@ -1,9 +1,10 @@
 """Comparing answers: what counts as the same string, and what counts as an answer found in a text.
 
-Two conventions, each the field's own. ``normalise_answer`` is SQuAD v1.1's (Rajpurkar et al. 2016), for exact match and
-F1 of generated answers. ``contains_answer`` and ``matches_regex`` are open-domain QA's (Chen et al. 2017; Karpukhin et
+Three conventions, each the field's own. ``normalise_answer`` is SQuAD v1.1's (Rajpurkar et al. 2016), for exact match
+and F1 of generated answers. ``contains_answer`` and ``matches_regex`` are open-domain QA's (Chen et al. 2017; Karpukhin et
 al. 2020), for whether a retrieved passage holds an answer: canonical decomposition (NFD), split into words and single
-signs, lower-cased, searched as a run of tokens.
+signs, lower-cased, searched as a run of tokens. ``normalise_chinese`` and ``mixed_segments`` are CMRC 2018's (Cui et
+al. 2019) for Chinese, which sets no space between words: punctuation removed, each character a token.
 """
 
 import re
@@ -12,9 +13,14 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 from rag_lightning.errors import DataError
 
+Language = Literal["en", "zh"]
+"""Whose conventions compare two texts: words (``en``, and any language that sets spaces), or Chinese characters."""
+_CHINESE_PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # noqa: RUF001
+_SEGMENT = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+|[^\w\s]|_")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -38,16 +44,48 @@ def answer_tokens(text: str) -> list[str]:
     return normalise_answer(text).split()
 
 
-def contains_answer(text: str, answers: Sequence[str]) -> bool:
+def normalise_chinese(text: str) -> str:
+    """Returns the text in lower case, without the punctuation of CMRC 2018's script and without white space.
+
+    That script leaves white space within an answer; a tokenizer that decodes a space between characters would then
+    never be right.
+
+    >>> normalise_chinese("《跑跑 卡丁车》，2018 NBA")
+    '跑跑卡丁车2018nba'
+    """
+    return "".join(character for character in "".join(text.lower().split()) if character not in _CHINESE_PUNCTUATION)
+
+
+def mixed_segments(text: str) -> list[str]:
+    """Returns each Chinese character, each other word and each other sign, in lower case, without that punctuation.
+
+    CMRC 2018's script parts words of other scripts by NLTK; here they are runs of letters and numbers.
+
+    >>> mixed_segments("由Nexon公司，开发")
+    ['由', 'nexon', '公', '司', '开', '发']
+    """
+    return [segment for segment in _SEGMENT.findall(text.lower()) if segment not in _CHINESE_PUNCTUATION]
+
+
+def words_of(text: str, language: Language) -> list[str]:
+    """Returns what counts as the words of a text: :func:`answer_tokens`, or :func:`mixed_segments` of Chinese."""
+    return mixed_segments(text) if language == "zh" else answer_tokens(text)
+
+
+def contains_answer(text: str, answers: Sequence[str], language: Language = "en") -> bool:
     """Whether any answer occurs in the text as a run of whole tokens, whatever the case.
 
-    An answer without a single token (blank) occurs nowhere.
+    In Chinese, whose tokens no space parts, as a run of characters (:func:`normalise_chinese`). An answer without a
+    single token (blank) occurs nowhere.
 
     >>> contains_answer("It starred J.J. Abrams.", ["j.j. abrams"])
     True
     >>> contains_answer("concatenate", ["cat"])
     False
     """
+    if language == "zh":
+        whole = normalise_chinese(text)
+        return any(needle in whole for needle in map(normalise_chinese, answers) if needle)
     haystack = _token_run(text)
     needles = (_token_run(answer) for answer in answers)
     return any(needle in haystack for needle in needles if len(needle) > 1)

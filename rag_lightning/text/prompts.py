@@ -14,6 +14,7 @@ the same text), which is what Lewis et al. 2020 (as released in transformers:
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Prompt:
         passage_separator: Stands between the passages where one prompt holds them all (``objective=prompt_stuffing``).
         max_passage_tokens: Limit of the rendered passage, without special tokens.
         max_tokens: Limit of the whole input, special tokens included.
+        keep_question: What is kept of a question that is longer than half of ``max_tokens``, or than the query encoder
+            reads: its ``start``, or its ``end``, as of a dialogue, whose last turn asks.
 
     Raises:
         ConfigError: A template with an unknown or missing field or unbalanced braces, a second part without leading
@@ -52,8 +55,11 @@ class Prompt:
     passage_separator: str = "\n"
     max_passage_tokens: int = 200
     max_tokens: int = 300
+    keep_question: Literal["start", "end"] = "start"
 
     def __post_init__(self) -> None:
+        if self.keep_question not in ("start", "end"):
+            raise ConfigError(f"prompt: keep_question: expected start or end, came {self.keep_question!r}.")
         _check_template("passage_template", self.passage_template, ("title", "text"))
         _check_template("question_template", self.question_template, ("question",))
         name = "passage_template" if self.question_first else "question_template"
@@ -81,6 +87,11 @@ class Prompt:
         title = passage.title.removeprefix('"').removesuffix('"')
         text = _collapse(self.passage_template.format(title=title, text=passage.text))
         return text if self.question_first else text.rstrip(" ")
+
+    @property
+    def before_question(self) -> str:
+        """What the question's part begins with, before the question."""
+        return self.question_template.partition("{question}")[0].replace("{{", "{").replace("}}", "}")
 
     @property
     def after_question(self) -> str:

@@ -7,10 +7,11 @@ small world: names stay whole, so that a small generator can copy them in one st
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -83,6 +84,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "cls_token_id", "sep_token_id")
     }
     return sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextmanager
+def truncating(tokenizer: PreTrainedTokenizerBase, *, keep: Literal["start", "end"]) -> Iterator[None]:
+    """Lets a tokenizer keep the start or the end of a text that is too long, and then be as it was."""
+    before = tokenizer.truncation_side
+    tokenizer.truncation_side = "right" if keep == "start" else "left"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = before
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -178,7 +190,9 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], b
     return [list(ids[len(start) :]) for ids in joined]
 
 
-def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+def train_word_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, split_ideographs: bool = False
+) -> PreTrainedTokenizerFast:
     """Trains a WordPiece tokenizer whose vocabulary is mostly whole words.
 
     The vocabulary holds, in this order: the special tokens ``<pad> <s> </s> <unk> <mask>`` (ids 0 to 4), every
@@ -194,6 +208,8 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bo
         texts: What to learn the words from; read once.
         vocab_size: The largest number of entries; fewer when the texts have fewer words.
         lowercase: Whether case is dropped.
+        split_ideographs: Whether each Chinese character is a word, as in BERT (Devlin et al. 2019): Chinese sets no
+            space between words, and a sentence would else be one.
 
     Raises:
         DataError: The texts hold no word.
@@ -205,11 +221,11 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bo
     >>> tokenizer.decode(tokenizer("J.J.  Abrams")["input_ids"], skip_special_tokens=True)
     'j.j. abrams'
     """
-    backend = _word_backend(models.WordPiece({}, unk_token="<unk>"), lowercase)
+    backend = _word_backend(models.WordPiece({}, unk_token="<unk>"), lowercase, split_ideographs)
     counts = _count_words(backend, texts)
     if not counts:
         raise DataError("word tokenizer: expected texts with at least one word, came none. Check the corpus.")
-    vocabulary = _word_vocabulary(counts, vocab_size)
+    vocabulary = _word_vocabulary(counts, vocab_size, split_ideographs)
     backend.model = models.WordPiece(
         vocabulary, unk_token="<unk>", continuing_subword_prefix=CONTINUATION, max_input_chars_per_word=200
     )
@@ -233,7 +249,7 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int, *, lowercase: bo
     )
 
 
-def _word_backend(model: models.Model, lowercase: bool) -> Tokenizer:
+def _word_backend(model: models.Model, lowercase: bool, split_ideographs: bool) -> Tokenizer:
     """Returns a tokenizer without vocabulary: normalising, splitting into words and signs, joining again."""
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
@@ -248,6 +264,8 @@ def _word_backend(model: models.Model, lowercase: bool) -> Tokenizer:
     )
     letters = r"\p{L}\p{N}\p{M}"
     words = rf"{WORD_START}?[{letters}]+|{WORD_START}?[^{WORD_START}{letters}]"
+    if split_ideographs:  # the space before a character is a word of its own, so that each character has one entry
+        words = rf"{WORD_START}?[{letters}&&[^\p{{Han}}]]+|\p{{Han}}|{WORD_START}?[^{WORD_START}{letters}]|{WORD_START}"
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     # a sign is one pre-token, so "##" inside a token can only be the mark of a continuing piece
     backend.decoder = decoders.Sequence(
@@ -269,10 +287,11 @@ def _count_words(backend: Tokenizer, texts: Iterable[str]) -> Counter[str]:
     return counts
 
 
-def _word_vocabulary(counts: Counter[str], vocab_size: int) -> dict[str, int]:
+def _word_vocabulary(counts: Counter[str], vocab_size: int, split_ideographs: bool) -> dict[str, int]:
     """Returns token to id: specials, characters, pieces, then words by frequency."""
     alphabet = sorted({character for word in counts for character in word})
-    tokens = [*SPECIAL_TOKENS, *alphabet, *(CONTINUATION + character for character in alphabet)]
+    inner = sorted({character for word in counts for character in word[1:]}) if split_ideographs else alphabet
+    tokens = [*SPECIAL_TOKENS, *alphabet, *(CONTINUATION + character for character in inner)]
     if vocab_size < len(tokens):
         raise ConfigError(
             f"word tokenizer: expected vocab_size of at least {len(tokens)} ({len(SPECIAL_TOKENS)} special tokens and "

@@ -112,6 +112,7 @@ class RagDataModule(L.LightningDataModule):
         self.retriever: Retriever | None = None
         self.bm25: Bm25Index | None = None
         self._corpus: PassageCorpus | None = None
+        self._corpus_for_metrics: PassageCorpus | None = None
         self._model: RagModel | None = None
         self._train_kind: ExampleKind = "questions"
         self._eval_kind: ExampleKind = "questions"
@@ -261,6 +262,19 @@ class RagDataModule(L.LightningDataModule):
         if self._corpus is None:
             raise ConfigError("data.passages: this run reads no passages")
         return self._corpus
+
+    def knowledge(self, questions: Sequence[Question]) -> list[str | None]:
+        """Returns the gold passages' texts of each question as one text, for metrics; None where none are known.
+
+        They are known to a closed-book run too, where ``passages`` is given.
+        """
+        if self._corpus is None and self.passages is not None and any(one.positive_passage_ids for one in questions):
+            self._corpus_for_metrics = self._corpus_for_metrics or PassageCorpus.read(self.passages)
+        corpus = self._corpus if self._corpus is not None else self._corpus_for_metrics
+        if corpus is None:
+            return [None] * len(questions)
+        rows = [[corpus.row_of(one) for one in question.positive_passage_ids] for question in questions]
+        return [" ".join(f"{corpus[row].title} {corpus[row].text}" for row in row_ids) or None for row_ids in rows]
 
     @property
     def assembler(self) -> ContextAssembler:

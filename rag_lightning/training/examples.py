@@ -66,7 +66,10 @@ class Examples(Protocol):
 
 
 class QuestionExamples:
-    """Questions as they are; passages are retrieved, or none are read. Excluded passages are not retrieved.
+    """Questions as they are; passages are retrieved, or none are read.
+
+    A passage that was made of a question (its ``source_passage_id``) is forbidden to it, and so are those that it
+    excludes.
 
     Args:
         questions: The records.
@@ -122,9 +125,11 @@ class QuestionExamples:
             held = [answer for answer in answers if contains_answer(f"{passage.title} {passage.text}", [answer])]
             answers = held if held else answers
         answer = (rng.choice(answers) if self.sample_answers else answers[0]) if answers else ""
-        return Example(
-            question, answer, row, passage, self._negatives(question, rng), excluded_rows=self._excluded(question)
-        )
+        forbidden = -1
+        if self.corpus is not None and question.source_passage_id is not None:
+            forbidden = self.corpus.row_of(question.source_passage_id)
+        negatives = self._negatives(question, rng)
+        return Example(question, answer, row, passage, negatives, forbidden, self._excluded(question))
 
     def _excluded(self, question: Question) -> tuple[int, ...]:
         if self.corpus is None:
@@ -138,6 +143,7 @@ class QuestionExamples:
         chosen = rng.sample(known, min(self.num_negatives, len(known)))
         rows = [self.corpus.row_of(passage_id) for passage_id in chosen]
         taken = {*rows, *(self.corpus.row_of(passage_id) for passage_id in question.positive_passage_ids)}
+        taken |= set() if question.source_passage_id is None else {self.corpus.row_of(question.source_passage_id)}
         while len(rows) < self.num_negatives:
             row = rng.randrange(len(self.corpus))
             if row not in taken:

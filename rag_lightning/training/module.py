@@ -1,7 +1,9 @@
 """RagLightningModule: one shared step for training, validation and test."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -16,7 +18,9 @@ from rag_lightning.losses.marginal import rag_token_log_likelihood
 from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
+from rag_lightning.metrics.text import TextMetrics, bleu_signature
 from rag_lightning.rag import RagModel
+from rag_lightning.text.normalise import Language
 from rag_lightning.training.activations import checkpoint_activations
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.examples import RETRIEVED_FOR
@@ -43,6 +47,7 @@ from rag_lightning.training.optim import (
 from rag_lightning.types import Prediction, QuestionBatch
 from rag_lightning.utils import distributed
 
+logger = logging.getLogger(__name__)
 OPTIMIZER_KEY = "rag_lightning_optimizer"
 Reduction = Literal["example_mean", "token_mean", "sum"]
 
@@ -61,6 +66,9 @@ class RagLightningModule(L.LightningModule):
         recall_at: Cut-offs of recall.
         generate_in_validation: Decode answers in validation too, not only in the test.
         retrieval_utility: Also score the targets without passages in evaluation.
+        text_metrics: Figures of longer answers beside exact match and F1, such as ``bleu`` or ``rougeL``; see
+            :mod:`rag_lightning.metrics.text`.
+        language: Whose normalisation compares answers: ``en`` (words) or ``zh`` (Chinese characters).
         learns: False for a module that only evaluates, whatever its model's parts.
     """
 
@@ -74,6 +82,8 @@ class RagLightningModule(L.LightningModule):
         recall_at: Sequence[int] = (1, 5, 20),
         generate_in_validation: bool = True,
         retrieval_utility: bool = True,
+        text_metrics: Sequence[str] = (),
+        language: Language = "en",
         learns: bool = True,
     ) -> None:
         super().__init__()
@@ -85,6 +95,7 @@ class RagLightningModule(L.LightningModule):
         self.reduction: Reduction = reduction
         self.generate_in_validation = generate_in_validation
         self.retrieval_utility = retrieval_utility
+        self.language: Language = language
         parts = {*modules_of(model), *(() if model.encoder is None else ("passage_encoder",))}  # which may be shared
         wanted = [part for part in objective.trains if part in parts]
         self.trained = optim.trained_parts(wanted) if learns else ()
@@ -98,7 +109,8 @@ class RagLightningModule(L.LightningModule):
             checkpoint_activations(model, optim.checkpoint_activations, self.trained)
         self.metrics = nn.ModuleDict(
             {
-                "answers": AnswerMetrics(),
+                "answers": AnswerMetrics(language=language),
+                "texts": TextMetrics(metrics=tuple(text_metrics), language=language),
                 "gold": RetrievalMetrics(ks=tuple(recall_at)),
                 "answer_in_passage": RetrievalMetrics(ks=tuple(recall_at)),
             }
@@ -226,6 +238,7 @@ class RagLightningModule(L.LightningModule):
         # empty updates: an objective, or a process without questions, that measures nothing deserves no warning
         none_B1 = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self._metric("answers").update([], [])
+        self._metric("texts").update([], [])
         self._metric("gold").update(none_B1.bool(), none_B1[:, 0].bool())
         self._metric("answer_in_passage").update(none_B1.bool(), none_B1[:, 0].bool())
         if self.diagnostics is not None:
@@ -250,7 +263,8 @@ class RagLightningModule(L.LightningModule):
         passages = [evidence[row] for row in real]
         questions = [batch.questions[row] for row in real]
         width = hits.ids_BK.shape[1]
-        for name, relevance in (("gold", relevant_by_gold), ("answer_in_passage", relevant_by_answer)):
+        by_answer = partial(relevant_by_answer, language=self.language)
+        for name, relevance in (("gold", relevant_by_gold), ("answer_in_passage", by_answer)):
             relevant_BK, counted_B = relevance(passages, questions, num_passages=width)
             self._metric(name).update(relevant_BK.to(self.device), counted_B.to(self.device))
         assert self.diagnostics is not None
@@ -286,7 +300,10 @@ class RagLightningModule(L.LightningModule):
         self.predictions += chosen
         if chosen:
             questions = [batch.questions[row] for row in real]
-            self._metric("answers").update([prediction.answer for prediction in chosen], questions)
+            answers = [prediction.answer for prediction in chosen]
+            self._metric("answers").update(answers, questions)
+            if self._metric("texts").names:
+                self._metric("texts").update(answers, questions, self.data.knowledge(questions))
 
     def _encoded_for_answers(self, outcome: Outcome, batch: QuestionBatch) -> EncodedContexts:
         """Returns the outcome's contexts; others where decoding reads passages together that training reads apart."""
@@ -298,7 +315,9 @@ class RagLightningModule(L.LightningModule):
         return self.model.generator.encode(self.data.assembler.for_reading(ids_BK, batch.prompt, stuffed=stuffed))
 
     def _finish_evaluation(self, stage: str) -> None:
-        values: dict[str, Tensor] = dict(self._metric("answers").compute())
+        values: dict[str, Tensor] = {**self._metric("answers").compute(), **self._metric("texts").compute()}
+        if stage == "test" and "bleu" in values and distributed.rank() == 0:
+            logger.info("BLEU: %s", bleu_signature(self._metric("texts").tokenize))
         values |= self._metric("gold").compute()
         values |= {f"answer_{name}": value for name, value in self._metric("answer_in_passage").compute().items()}
         if self.diagnostics is not None:

@@ -1,12 +1,31 @@
-"""What a reader of a data set returns: passages to search, and questions to ask in each split."""
+"""What a reader of a data set returns: passages to search, and questions to ask in each split; kept as files.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+The files are of the package's own form (:mod:`rag_lightning.corpora.passages`, :mod:`rag_lightning.corpora.questions`),
+so a prepared data set is trained on, searched and evaluated like one's own.
+"""
 
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+from filelock import FileLock
+
+from rag_lightning.corpora.passages import PassageCorpus, write_passages
+from rag_lightning.corpora.questions import read_questions, write_questions
+from rag_lightning.errors import DataError
+from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.types import Passage, Question
+from rag_lightning.utils.hashing import hash_file, hash_texts
+from rag_lightning.utils.io import atomic_directory, existing_file
 
+logger = logging.getLogger(__name__)
 Split = Literal["train", "validation", "test"]
+PASSAGES = "passages.jsonl"
+FORMAT = "prepared-1"  # raise it where a reader comes to read the same files otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +45,11 @@ class PreparedData:
 class Preparation(Protocol):
     """Reads a data set as it is published; a frozen dataclass whose fields are its settings."""
 
+    @property
+    def folder(self) -> str:
+        """Where the data set's files lie."""
+        ...
+
     def __call__(self) -> PreparedData:
         """Returns the whole data set.
 
@@ -34,3 +58,94 @@ class Preparation(Protocol):
             DataError: A line is bad; names file, line and field.
         """
         ...
+
+
+def prepared_name(preparation: Preparation) -> str:
+    """Returns the name of the folder that keeps a data set: its reader, and a hash of settings and input files.
+
+    The files count by their content: a data set that was moved is the same.
+
+    Raises:
+        MissingFileError: There is no such folder.
+    """
+    folder = existing_file(Path(preparation.folder).expanduser(), "task.folder")
+    assert is_dataclass(preparation)
+    settings = {name: value for name, value in asdict(preparation).items() if name != "folder"}
+    named = [Path(value) for value in settings.values() if isinstance(value, str) and Path(value).is_file()]
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    reader = type(preparation).__name__
+    parts = [FORMAT, reader, json.dumps(settings, sort_keys=True, default=str)]
+    parts += [text for path in [*files, *named] for text in (path.name, hash_file(path))]
+    return f"{re.sub(r'(?<!^)(?=[A-Z])', '_', reader).lower()}-{hash_texts(parts)[:16]}"
+
+
+def keep(preparation: Preparation, cache_dir: str | Path) -> Path:
+    """Returns a folder with ``passages.jsonl``, ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a data set.
+
+    It is made once, whole or not at all; of several processes one makes it and the others wait.
+
+    Args:
+        preparation: The reader.
+        cache_dir: The folder lies in it, as ``prepared/NAME``; see :func:`prepared_name`.
+
+    Raises:
+        MissingFileError: A file of the data set is missing.
+        DataError: A line is bad, or a split has no question.
+    """
+    folder = Path(cache_dir) / "prepared" / prepared_name(preparation)
+    with _one_at_a_time(folder):
+        if folder.is_dir():
+            return folder
+        data = preparation()
+        with atomic_directory(folder) as part:
+            _write(data, part, preparation.folder)
+        sizes = ", ".join(f"{split} {len(questions)}" for split, questions in data.questions.items())
+        logger.info("prepared %s: %d passages; questions: %s", folder, len(data.passages), sizes)
+    return folder
+
+
+def _one_at_a_time(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
+def _write(data: PreparedData, folder: Path, source: str) -> None:
+    for split in get_args(Split):
+        if not data.questions.get(split):
+            raise DataError(f"{source}: expected questions in each split, came none to {split}. Give more data.")
+    corpus = PassageCorpus.from_passages(data.passages, source=source)  # refuses repeated ids and empty texts
+    write_passages(folder / PASSAGES, data.passages)
+    for split, questions in data.questions.items():
+        write_questions(folder / f"{split}.jsonl", questions)
+        read_questions(folder / f"{split}.jsonl", corpus=corpus)
+
+
+def keep_tokenizer(prepared: Path, *, vocab_size: int, lowercase: bool) -> Path:
+    """Returns the folder of a word tokenizer trained on what a prepared data set has to train on; made once.
+
+    It learns from the passages and from the training questions and answers, and keeps Chinese characters apart; see
+    :func:`~rag_lightning.text.tokenizers.train_word_tokenizer`.
+
+    Args:
+        prepared: From :func:`keep`; the tokenizer lies beside it.
+        vocab_size: The largest number of entries.
+        lowercase: Whether case is dropped.
+
+    Raises:
+        ConfigError: ``vocab_size`` is too small for the characters of the texts.
+    """
+    folder = prepared.with_name(f"{prepared.name}-tokenizer-{vocab_size}{'-lowercase' if lowercase else ''}")
+    with _one_at_a_time(folder):
+        if not folder.is_dir():
+            tokenizer = train_word_tokenizer(_texts(prepared), vocab_size, lowercase=lowercase, split_ideographs=True)
+            with atomic_directory(folder) as part:
+                tokenizer.save_pretrained(part)
+    return folder
+
+
+def _texts(prepared: Path) -> Iterator[str]:
+    for passage in PassageCorpus.read(prepared / PASSAGES):
+        yield f"{passage.title} {passage.text}"
+    for question in read_questions(prepared / "train.jsonl"):
+        yield question.question
+        yield from question.answers
