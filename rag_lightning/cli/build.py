@@ -114,6 +114,11 @@ def bind(data: RagDataModule, model: RagModel, objective: Objective) -> None:
     )
 
 
+def has_heads(config: DictConfig) -> bool:
+    """Whether the run's task is judged by heads; else a generator writes, be it for a task or not."""
+    return config.get("task") is not None and config.task.get("prepare") is None
+
+
 def build_task_run(config: DictConfig) -> tuple[TaskLightningModule, TaskDataModule]:
     """Builds the modules of ``task=…``, where heads judge what a reader has read, bound to each other.
 
@@ -188,7 +193,7 @@ def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Seq
         chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
     logger = instantiate(config.logger) if config.get("logger") is not None else False
     fixed: dict[str, Any] = {"callbacks": chosen, "logger": logger, "use_distributed_sampler": False}
-    if config.data.validation is None and config.get("task") is None:
+    if config.data.validation is None and not has_heads(config):
         fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
     check_validation_interval(config.trainer.val_check_interval, config.trainer.accumulate_grad_batches)
     trainer: L.Trainer = instantiate(config.trainer, **fixed)

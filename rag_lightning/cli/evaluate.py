@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from omegaconf import DictConfig
 
 from rag_lightning.cli.build import bind, build_trainer, decoding_of, instantiate, load_checkpoint
+from rag_lightning.cli.prepared import ensure_prepared
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
@@ -20,11 +22,14 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> None:
     """Evaluates as configured."""
     model, run_config = load_checkpoint(config.checkpoint)
+    ensure_prepared(run_config)
     apply_overrides(model, config)
     data = build_data(config, model, run_config)
     objective = objective_of(model) if not config.retrieval_only else Contrastive()
     bind(data, model, objective)
-    module = RagLightningModule(model=model, objective=objective, optim=OptimSettings(), learns=False)
+    module = RagLightningModule(
+        model=model, objective=objective, optim=OptimSettings(), learns=False, **metric_settings(config, run_config)
+    )
     trainer = build_trainer(config, config.callbacks)
     trainer.test(module, datamodule=data, weights_only=True)
     logger.info("metrics.json and predictions.jsonl are in %s", config.output)
@@ -35,6 +40,18 @@ def apply_overrides(model: RagModel, config: DictConfig) -> None:
     model.settings, model.decoding_options = decoding_of(
         model.settings, model.decoding_options, config.decoding, config.num_passages
     )
+
+
+def metric_settings(config: DictConfig, run_config: DictConfig | None) -> dict[str, Any]:
+    """Returns which figures of texts to compute, and in whose language: of the command line, else the run's."""
+    settings: dict[str, Any] = {}
+    for name in ("text_metrics", "language"):
+        value = config.module[name]
+        if value is None and run_config is not None:
+            value = run_config.module.get(name)
+        if value is not None:
+            settings[name] = list(value) if name == "text_metrics" else value
+    return settings
 
 
 def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | None) -> RagDataModule:

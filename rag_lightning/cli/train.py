@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from rag_lightning.cli.build import build_run, build_task_run, build_trainer, build_walk, recordable
+from rag_lightning.cli.build import build_run, build_task_run, build_trainer, build_walk, has_heads, recordable
+from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.rag_parts import RetrieverSource
 from rag_lightning.training.datamodule import RagDataModule
@@ -25,18 +26,17 @@ def run(config: DictConfig) -> float | None:
     """Trains as configured; everything the run leaves is under its folder."""
     start = time.perf_counter()
     config, checkpoint = _resumed(config) if config.resume is not None else (config, None)
+    config = with_prepared(config) if prepares(config) else config
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
         torch.set_float32_matmul_precision(config.matmul_precision)
-    if config.get("curriculum") is not None and config.get("task") is None:
+    if config.get("curriculum") is not None and not has_heads(config):
         raise ConfigError("curriculum: expected tasks to walk over, got none. Choose them, as task=multitask.")
-    if config.get("task") is not None:
-        trainer = _train_heads(config, folder, checkpoint)
-    else:
-        trainer = _train_rag(config, folder, checkpoint)
+    train = _train_heads if has_heads(config) else _train_rag
+    trainer = train(config, folder, checkpoint)
     if trainer.is_global_zero:
         _record_seconds(folder, time.perf_counter() - start)
     return _sweep_metric(trainer, config)
@@ -44,6 +44,8 @@ def run(config: DictConfig) -> float | None:
 
 def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
     module, data = build_run(config)
+    if prepares(config):
+        check_languages(config, module.model)
     trainer = build_trainer(config, config.callbacks)
     _fit(trainer, module, data, folder, checkpoint)
     if config.data.test is not None:

@@ -3,17 +3,17 @@
 Inputs: the text generated for each question, and the question with its accepted answers as references. BLEU and chrF
 are sacreBLEU's (Post 2018) and lie in 0 to 100, as that package and the field give them; the others are fractions of 1.
 
-================  ====================================================================================================
+================  ===================================================================================================
 ``bleu``          corpus BLEU (Papineni et al. 2002), sacreBLEU's tokenisation ``13a``, of Chinese ``zh``
 ``bleu1``         the same of single words
 ``chrf``          chrF2 over all texts (Popović 2015)
-``rouge1``        ROUGE of single words, pairs and longest common subsequences (Lin 2004): F-measure, the best of several
-``rouge2``        references, the mean over questions; the package rouge-score, with Porter's stemmer (Chinese:
-``rougeL``        characters, unstemmed)
+``rouge1``        ROUGE of single words, of pairs, of longest common subsequences (Lin 2004): F-measure, the best of
+``rouge2``        several references, the mean over questions; the package rouge-score, with Porter's stemmer
+``rougeL``        (Chinese: characters, unstemmed)
 ``distinct3``     different three-word sequences over all of them, in all texts together (Li et al. 2016)
 ``qbleu1``        Q-BLEU-1 of generated questions (Nema and Khapra 2018), see :func:`question_bleu`
 ``knowledge_f1``  shared words of the text and of the passages that it is to draw on (Shuster et al. 2021)
-================  ====================================================================================================
+================  ===================================================================================================
 """
 
 import json
