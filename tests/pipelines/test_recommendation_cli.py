@@ -19,7 +19,7 @@ def settings(tmp_path: Path) -> list[str]:
     small = "d_model=16 encoder_layers=1 decoder_layers=1 encoder_attention_heads=2 decoder_attention_heads=2"
     small += " encoder_ffn_dim=24 decoder_ffn_dim=24"
     words = f"task=movielens task.folder={tmp_path / 'data'} paths.cache_dir={tmp_path / 'cache'}"
-    words += " encoder=own_vocabulary encoder.settings.hidden_size=16 task.prepare.min_history=2"
+    words += " encoder.settings.hidden_size=16 task.prepare.min_history=2"
     words += " data.batch_size=4 trainer.max_steps=2 trainer.val_check_interval=2 trainer.enable_progress_bar=false"
     words += " module.recall_at=[1,3] model.num_passages=3 decoding.max_new_tokens=6"
     return [*words.split(), *(f"generator.settings.{setting}" for setting in small.split())]
