@@ -1,10 +1,10 @@
 """Comparing answers: what counts as the same string, and what counts as an answer found in a text.
 
 Three conventions, each the field's own. ``normalise_answer`` is SQuAD v1.1's (Rajpurkar et al. 2016), for exact match
-and F1 of generated answers. ``contains_answer`` and ``matches_regex`` are open-domain QA's (Chen et al. 2017; Karpukhin
-et al. 2020), for whether a retrieved passage holds an answer: canonical decomposition (NFD), split into words and
-single signs, lower-cased, searched as a run of tokens. ``normalise_chinese`` and ``mixed_segments`` are CMRC 2018's (Cui et
-al. 2019) for Chinese, which sets no space between words: punctuation removed, each character a token.
+and F1 of generated answers. ``contains_answer`` and ``matches_regex`` are open-domain QA's (Chen et al. 2017;
+Karpukhin et al. 2020), for whether a retrieved passage holds an answer: canonical decomposition (NFD), split into
+words and single signs, lower-cased, searched as a run of tokens. ``normalise_chinese`` and ``mixed_segments`` are CMRC
+2018's (Cui et al. 2019) for Chinese, which sets no space between words: punctuation removed, each character a token.
 """
 
 import re
