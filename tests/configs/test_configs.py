@@ -68,7 +68,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 171
+NUM_FILES = 172
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
