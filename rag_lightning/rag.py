@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rag_lightning.corpora.questions import source_rows
+from rag_lightning.corpora.questions import forbidden_rows
 from rag_lightning.decoding.constraints import NO_RULES, OutputRules
 from rag_lightning.decoding.decode import decode
 from rag_lightning.decoding.options import Decoded, DecodingMode, DecodingOptions
@@ -119,7 +119,7 @@ class RagModel(nn.Module):
         *,
         num_passages: int | None = None,
         reencode: Callable[[Int[Tensor, "B K"]], TokenBatch] | None = None,
-        forbidden_ids: Int[Tensor, "B"] | None = None,
+        forbidden_ids: Int[Tensor, "B *F"] | None = None,
         query_vectors_BD: Float[Tensor, "B D"] | None = None,
     ) -> tuple[Hits, Float[Tensor, "B K"]]:
         """Returns the hits, and their document scores with gradient to what the retriever names in ``gradient_to``.
@@ -136,7 +136,7 @@ class RagModel(nn.Module):
             num_passages: K; the model's by default.
             reencode: Gives the encoder tokens ``[B * K, L]`` of passage numbers. When given, the K passages are
                 encoded again with gradient to the passage encoder, though found through the index of an older one.
-            forbidden_ids: The passage that must not be found for each question, ``-1`` for none.
+            forbidden_ids: The passage, or the F passages, that must not be found for each question, ``-1`` for none.
             query_vectors_BD: The questions' vectors, where the caller has encoded them already.
 
         Returns:
@@ -429,8 +429,8 @@ class RagModel(nn.Module):
             contexts = assembler.without_passage(prompt)
         else:
             query = self.query_tokens(texts).to(device) if retriever.needs_vectors else None
-            forbidden = source_rows(records, retriever.corpus)
-            forbidden_ids = torch.tensor(forbidden, device=device) if max(forbidden) >= 0 else None
+            forbidden_BF = torch.tensor(forbidden_rows(records, retriever.corpus), device=device)
+            forbidden_ids = forbidden_BF if bool((forbidden_BF >= 0).any()) else None
             hits, scores_BK = self.retrieve(
                 query, texts, retriever, num_passages=num_passages, forbidden_ids=forbidden_ids
             )

@@ -53,6 +53,8 @@ class Question:
         negative_passage_ids: Hard negatives: passages that look like an answer and hold none, hardest first.
         source_passage_id: The passage that was made of this very question (a training example among examples to
             retrieve), which is never retrieved for it.
+        excluded_passage_ids: Passages that are no answer (what a user has seen already): they are never retrieved for
+            it, and a ranking of all passages leaves them out.
     """
 
     id: str
@@ -62,6 +64,7 @@ class Question:
     answer_regex: str | None = None
     negative_passage_ids: tuple[str, ...] = ()
     source_passage_id: str | None = None
+    excluded_passage_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +227,8 @@ class QuestionBatch(TensorRecord):
         passages: Each question's own passage in the encoder's vocabulary ``[B, L]`` (contrastive).
         negatives: M hard negatives for each question in the encoder's vocabulary ``[B * M, L]`` (contrastive).
         negative_ids_BM: Their passage numbers.
-        forbidden_ids: The passage that must not be retrieved for each question, ``-1`` for none; None where no
-            question has one.
+        forbidden_ids: The passage that must not be retrieved for each question, ``-1`` for none, or F of them where
+            some question has several; None where no question has one.
     """
 
     questions: tuple[Question, ...]
@@ -238,7 +241,7 @@ class QuestionBatch(TensorRecord):
     passages: TokenBatch | None = None
     negatives: TokenBatch | None = None
     negative_ids_BM: Int[Tensor, "B M"] | None = None
-    forbidden_ids: Int[Tensor, "B"] | None = None
+    forbidden_ids: Int[Tensor, "B *F"] | None = None
 
 
 @dataclass(frozen=True)

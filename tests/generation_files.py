@@ -61,6 +61,7 @@ def write_generation(root: Path, number: int = 12) -> Path:
                 {"text": text, "knowledge": [["雪", "导演", "安娜"], ["雪", "年", str(n)]] if n % 2 else []}
                 for n, text in enumerate(SAID_IN_CHINESE)
             ]
+            messages.append({"text": "好。", "knowledge": [["雪", "片长", domain]]})
             talks = [{"id": f"{domain}-{split}-{n}", "name": "雪", "messages": messages} for n in range(number)]
             write(root / "kdconv" / f"{domain}_{split}.jsonl.gz", talks)
     write(root / "kdconv" / "kb_travel.jsonl.gz", [["雪", "导演", "安娜"], ["故宫", "城市", "北京"]])
@@ -77,14 +78,16 @@ def write_generation(root: Path, number: int = 12) -> Path:
         write(root / name / "passages.jsonl.gz", paragraphs)
         for split in splits:
             asked = [
-                {"id": f"{split}{n}", "question": f"雪是{n}年谁导演的？", "answers": ["安娜"], "positive_passage_ids": [f"c{n}"]}
+                {"id": f"{split}{n}", "question": f"雪是{n}年谁导演的？", "answers": ["安娜"],
+                 "positive_passage_ids": [f"c{n}"]}
                 for n in range(3 * number)
             ]  # fmt: skip
             write(root / name / f"{split}.jsonl.gz", asked)
     for language, words in (("en", ENGLISH), ("de", GERMAN), ("zh", SAID_IN_CHINESE)):
         texts = [{"id": f"{language}{n}", "title": "Film", "text": f"{words[n % 4]} {n}"} for n in range(3 * number)]
         asked = [
-            {"id": f"x{n}", "question": f"{words[n % 4]} {n}?", "answers": [str(n)], "positive_passage_ids": [f"{language}{n}"]}
+            {"id": f"x{n}", "question": f"{words[n % 4]} {n}?", "answers": [str(n)],
+             "positive_passage_ids": [f"{language}{n}"]}
             for n in range(3 * number)
         ]  # fmt: skip
         write(root / "xquad" / f"passages.{language}.jsonl.gz", texts)

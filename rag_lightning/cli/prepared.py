@@ -34,6 +34,7 @@ def with_prepared(config: DictConfig) -> DictConfig:
         MissingFileError: A file of the data set is missing.
         DataError: A line of it is bad.
     """
+    assert config.task.folder  # or it is told by its own name
     preparation = instantiate(config.task.prepare)
     assert isinstance(preparation, Preparation)
     folder = keep(preparation, config.paths.cache_dir)

@@ -8,6 +8,8 @@ them, and other fields are ignored. ``rag-lightning mine`` adds hard negatives, 
 where the scores (the miner's, larger is more similar) are optional and only checked: training with hard negatives draws
 passages, not scores, which are kept for distilling the miner. Where passages were made of the questions themselves
 (training examples to retrieve), ``"source_passage_id": "train-7"`` names the one that is never retrieved for this.
+``"excluded_passage_ids": ["4"]`` names passages that are no answer: they are not retrieved, and a ranking leaves them
+out.
 """
 
 import math
@@ -60,6 +62,19 @@ def source_rows(questions: Sequence[Question], corpus: PassageCorpus) -> list[in
     return [corpus.row_of(one) if one is not None and corpus.has_id(one) else -1 for one in ids]
 
 
+def forbidden_rows(questions: Sequence[Question], corpus: PassageCorpus) -> list[list[int]]:
+    """Returns the rows of what must not be retrieved for each question, lists of one length filled up with ``-1``.
+
+    That is the passage made of it, and those that it excludes, as far as they are in this corpus.
+    """
+    found = [
+        [row, *(corpus.row_of(one) for one in question.excluded_passage_ids if corpus.has_id(one))]
+        for question, row in zip(questions, source_rows(questions, corpus), strict=True)
+    ]
+    width = max(map(len, found))
+    return [rows + [-1] * (width - len(rows)) for rows in found]
+
+
 def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
     """Writes one JSON line for each question, atomically; :func:`read_questions` reads the same records again."""
     write_json_lines(Path(path), (_question_record(question) for question in questions))
@@ -109,7 +124,7 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
 
 def _question_record(question: Question) -> dict[str, Any]:
     record: dict[str, Any] = {"id": question.id, "question": question.question, "answers": list(question.answers)}
-    for name in ("positive_passage_ids", "negative_passage_ids"):
+    for name in ("positive_passage_ids", "negative_passage_ids", "excluded_passage_ids"):
         if getattr(question, name):
             record[name] = list(getattr(question, name))
     for name in ("answer_regex", "source_passage_id"):
@@ -135,6 +150,8 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
     positives = _passage_ids(record, "positive_passage_ids", place, corpus)
     negatives = _passage_ids(record, "negative_passage_ids", place, corpus)
     _check_negatives(record, positives, negatives, place)
+    excluded = _passage_ids(record, "excluded_passage_ids", place, corpus)
+    _check_excluded(positives, excluded, place)
     return Question(
         id=string_field(record, "id", place),
         question=string_field(record, "question", place),
@@ -143,6 +160,7 @@ def _checked_question(record: Mapping[str, Any], place: str, corpus: PassageCorp
         answer_regex=answer_regex,
         negative_passage_ids=negatives,
         source_passage_id=_source_passage_id(record, place, corpus),
+        excluded_passage_ids=excluded,
     )
 
 
@@ -191,6 +209,16 @@ def _check_negatives(
         raise DataError(
             f"{place}: field 'negative_scores': expected one finite number for each of the {len(negatives)} "
             f"negative_passage_ids, came {str(scores)[:80]}. Remove the field, or mine again."
+        )
+
+
+def _check_excluded(positives: Collection[str], excluded: Collection[str], place: str) -> None:
+    """Refuses to leave out of a ranking what it is to find."""
+    wrong = set(positives) & set(excluded)
+    if wrong:
+        raise DataError(
+            f"{place}: field 'excluded_passage_ids': expected passages that are not among the positive_passage_ids, "
+            f"came {min(wrong)!r}. Remove it from one of them."
         )
 
 

@@ -122,18 +122,19 @@ def search(
     questions: Sequence[str],
     query_vectors_BD: Float[Tensor, "B D"] | None,
     num_passages: int,
-    forbidden_ids: Int[Tensor, "B"] | None = None,
+    forbidden_ids: Int[Tensor, "B *F"] | None = None,
 ) -> Hits:
-    """Returns K passages for each question, and never the one that is forbidden for it.
+    """Returns K passages for each question, and never one that is forbidden for it.
 
-    One more is searched for, as far as the corpus goes, so that K are left; where there are fewer, places stay empty.
+    As many more are searched for as may be forbidden, as far as the corpus goes, so that K are left; where there are
+    fewer, places stay empty.
 
     Args:
         retriever: Where to search.
         questions: The B texts.
         query_vectors_BD: Their vectors, for a retriever that needs them.
         num_passages: K.
-        forbidden_ids: A passage number for each question, ``-1`` for none.
+        forbidden_ids: A passage number for each question, or F of them, ``-1`` for none.
 
     Raises:
         ConfigError: Every passage of the corpus may be forbidden, or as :meth:`Retriever.retrieve`.
@@ -142,12 +143,13 @@ def search(
         return retriever.retrieve(questions, query_vectors_BD, num_passages)
     if len(retriever.corpus) < 2:
         raise ConfigError("retrieval: expected at least 2 passages, as one may be forbidden, came 1. Add passages.")
-    wanted = min(num_passages + 1, max(num_passages, len(retriever.corpus)))
+    num_forbidden = forbidden_ids.shape[1] if forbidden_ids.ndim > 1 else 1
+    wanted = min(num_passages + num_forbidden, max(num_passages, len(retriever.corpus)))
     hits = retriever.retrieve(questions, query_vectors_BD, wanted)
     return without(hits, forbidden_ids.to(hits.ids_BK.device), num_passages)
 
 
-def without(hits: Hits, forbidden_ids: Int[Tensor, "B"], num_passages: int) -> Hits:
+def without(hits: Hits, forbidden_ids: Int[Tensor, "B *F"], num_passages: int) -> Hits:
     """Returns the best K hits that are not forbidden, in their order; the last places empty where fewer are left.
 
     >>> hits = Hits(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([[7, 8, 9], [4, 5, 6]]), "a")
@@ -155,7 +157,8 @@ def without(hits: Hits, forbidden_ids: Int[Tensor, "B"], num_passages: int) -> H
     tensor([[7, 9],
             [4, 5]])
     """
-    dropped_BL = (hits.ids_BK == forbidden_ids[:, None]) & hits.found_BK
+    forbidden_BF = forbidden_ids.reshape(len(forbidden_ids), -1)
+    dropped_BL = (hits.ids_BK[:, :, None] == forbidden_BF[:, None, :]).any(dim=2) & hits.found_BK
     scores_BL = hits.scores_BK.masked_fill(dropped_BL, -torch.inf)
     ids_BL = hits.ids_BK.masked_fill(dropped_BL, MISSING_ID)
     order_BK = (ids_BL == MISSING_ID).to(torch.int8).argsort(dim=1, stable=True)[:, :num_passages]

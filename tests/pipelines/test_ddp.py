@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from rag_lightning.cli.build import build_trainer, instantiate
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from tests.generation_files import write_generation
 from tests.labelled_files import write_labelled
 from tests.unit.heads import tiny
 
@@ -289,6 +290,22 @@ def test_a_divided_index_trains_like_a_whole_one(factory, settings, tmp_path):
         result = train(tmp_path / name, *divided, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_prepare_once_and_figure_texts_as_one(tmp_path):
+    words = f"task=kdconv task.folder={write_generation(tmp_path / 'data')} encoder.settings.hidden_size=16"
+    words += " model.num_passages=2 data.batch_size=5 data.eval_batch_size=5 data.limit_validation=3"
+    words += " trainer.max_steps=2 trainer.val_check_interval=2 trainer.limit_test_batches=3 decoding.max_new_tokens=6"
+    words += " trainer.enable_progress_bar=false optim.eps=1e-3"
+    sizes = "d_model=16 encoder_layers=1 decoder_layers=1 encoder_ffn_dim=24 decoder_ffn_dim=24"
+    words += "".join(f" generator.settings.{size}" for size in sizes.split())
+    for processes, name in enumerate(("one", "two"), start=1):
+        cache = f"paths.cache_dir={tmp_path / f'cache-{name}'}"
+        done = train(tmp_path / name, *words.split(), cache, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert {"bleu", "rougeL", "knowledge_f1"} <= set(one)
+    assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
 
 
 def test_two_processes_walk_the_same_path_over_tasks(tmp_path):

@@ -74,7 +74,7 @@ class Contrastive:
         ones_B = torch.ones(len(batch.questions), dtype=torch.long, device=batch.labels.device)
         if batch.passages is None and sources.retriever is not None:
             texts = [question.question for question in batch.questions]
-            hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever)
+            hits, scores_BK = model.retrieve(batch.query, texts, sources.retriever, forbidden_ids=batch.forbidden_ids)
             return Outcome(torch.zeros_like(scores_BK[:, 0]), ones_B, hits=hits, doc_scores_BK=scores_BK)
         if model.encoder is None or batch.query is None:
             raise ConfigError("objective contrastive: expected a model with an encoder")

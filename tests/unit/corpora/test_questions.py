@@ -38,6 +38,7 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
         GOOD | {"id": "q5", "positive_passage_ids": ["7"], "negative_passage_ids": ["8"], "negative_scores": [2]},
         GOOD | {"id": "q6", "negative_passage_ids": ["8", "7"]},
         GOOD | {"id": "q7", "negative_passage_ids": None, "negative_scores": None},
+        GOOD | {"id": "q8", "positive_passage_ids": ["7"], "excluded_passage_ids": ["8"]},
     ]
     assert read_questions(write(tmp_path / name, rows), corpus=corpus) == [
         Question("q1", "who made Kismet?", ("V. Minnelli", "Minnelli"), ("7", "8")),
@@ -47,6 +48,7 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
         Question("q5", "who made Kismet?", ("V. Minnelli", "Minnelli"), ("7",), None, ("8",)),
         Question("q6", "who made Kismet?", ("V. Minnelli", "Minnelli"), (), None, ("8", "7")),
         Question("q7", "who made Kismet?", ("V. Minnelli", "Minnelli")),
+        Question("q8", "who made Kismet?", ("V. Minnelli", "Minnelli"), ("7",), excluded_passage_ids=("8",)),
     ]
 
 
@@ -54,6 +56,15 @@ def test_questions_are_read_in_order(tmp_path, corpus, name):
     ("rows", "message"),
     [
         ([], r"expected at least one question, came none"),
+        (
+            [GOOD | {"excluded_passage_ids": ["9"]}],
+            r"line 1: field 'excluded_passage_ids': expected ids of passages in",
+        ),
+        ([GOOD | {"excluded_passage_ids": "7"}], r"field 'excluded_passage_ids': expected a list of strings, came str"),
+        (
+            [GOOD | {"positive_passage_ids": ["7"], "excluded_passage_ids": ["8", "7"]}],
+            r"'excluded_passage_ids': expected passages that are not among the positive_passage_ids, came '7'",
+        ),
         ([GOOD, "{"], r"line 2: expected one JSON object on the line"),
         ([GOOD, "", GOOD], r"each question id once, came id 'q1' on line 1 and again on line 3"),
         ([{"id": "q", "question": "x"}], r"line 1: field 'answers' is missing; expected a list of strings"),

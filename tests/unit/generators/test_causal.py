@@ -336,6 +336,16 @@ def test_a_question_that_is_too_long_is_cut_and_what_stands_behind_it_is_not():
     assert short == "\nQuestion: y\nAnswer:"
 
 
+def test_a_dialogue_that_is_too_long_loses_its_beginning():
+    generator = llama_for(byte_tokenizer(pad="<|pad|>"))
+    template = "\nQuestion: {question}\nAnswer:"
+    prompt = Prompt(question_template=template, max_passage_tokens=8, max_tokens=60, keep_question="end")
+    tokens = RagModel(encoder=None, generator=generator, prompt=prompt).prompt_tokens(["x" * 90 + "end", "y"])
+    long, short = (generator.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*_rows(tokens), strict=True))
+    assert long == "\nQuestion:" + "x" * (30 - 10 - 8 - 3) + "end\nAnswer:"
+    assert short == "\nQuestion: y\nAnswer:"
+
+
 def _rows(tokens):
     return tokens.input_ids, tokens.attention_mask
 

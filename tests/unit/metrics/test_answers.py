@@ -134,3 +134,23 @@ def test_figures_without_questions_are_left_out():
 def test_predictions_must_match_questions():
     with pytest.raises(DataError, match="came 2 for 3 questions"):
         AnswerMetrics().update(PREDICTIONS[:2], QUESTIONS)
+
+
+# the sums of the official script of CMRC 2018 (eval/cmrc2018_evaluate.py), worked out by hand
+@pytest.mark.parametrize(
+    ("prediction", "answers", "exact", "f1"),
+    [
+        ("山东省北部，环渤海地区。", ["山东省北部环渤海地区"], True, 1.0),
+        ("北部地区", ["山东省北部环渤海地区"], False, 2 * 2 / (4 + 10)),  # the longest run is 北部 or 地区
+        ("2004年", ["1999年", "2004 年"], True, 1.0),
+        ("Nexon公司", ["韩国nexon"], False, 2 * 1 / (3 + 3)),
+        ("", ["雪"], False, 0.0),
+        ("，", ["雪"], False, 0.0),
+    ],
+)
+def test_chinese_is_compared_as_cmrc_2018_does(prediction, answers, exact, f1):
+    assert exact_match(prediction, answers, language="zh") == exact
+    assert token_f1(prediction, answers, language="zh") == pytest.approx(f1)
+    metric = AnswerMetrics(language="zh")
+    metric.update([prediction], [Question("1", "?", tuple(answers))])
+    assert metric.compute() == {"exact_match": torch.tensor(float(exact)), "f1": pytest.approx(f1)}

@@ -12,7 +12,7 @@ RUNS = {
 
 def test_percentages_have_one_decimal_and_what_is_not_measured_a_dash() -> None:
     assert rows(RUNS) == [
-        ("closed_book", "12.5", "25.0", "–", "–", "9"),  # noqa: RUF001
+        ("closed_book", "12.5", "25.0", "–", "–", "9"),
         ("joint", "70.0", "81.2", "0.0", "100.0", "100"),
     ]
 

@@ -12,7 +12,10 @@ from rag_lightning.text.normalise import (
     compile_answer_regex,
     contains_answer,
     matches_regex,
+    mixed_segments,
     normalise_answer,
+    normalise_chinese,
+    words_of,
 )
 
 TEXTS = st.text(alphabet="abthe ANs.,'-éÉ\u0301ß1½_$中\t\u00a0\x00", max_size=30)
@@ -105,3 +108,18 @@ def test_matches_regex(text, pattern, found):
 def test_invalid_regex_is_named():
     with pytest.raises(DataError, match=r"expected a regular expression, came '\(a\|'.*Mend the pattern"):
         compile_answer_regex("(a|")
+
+
+def test_chinese_is_found_as_a_run_of_characters():
+    text = "安娜·雪在 2004 年导演了《雪》。"
+    assert contains_answer(text, ["安娜雪"], "zh")
+    assert contains_answer(text, ["2004年导演"], "zh")
+    assert not contains_answer(text, ["安娜导演", "", "，"], "zh")
+    assert not contains_answer(text, ["导演"])  # no space parts it from its neighbours
+
+
+def test_words_of_each_language():
+    assert words_of("The cat, a cat", "en") == ["cat", "cat"]
+    assert words_of("猫，NBA_2k!", "zh") == ["猫", "nba", "2k", "!"]
+    assert mixed_segments("Ünlü 雪") == ["ünlü", "雪"]
+    assert normalise_chinese(" A 、 b\n（雪） ") == "ab雪"

@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -210,3 +212,17 @@ def test_passage_key_follows_what_renders_passages():
     key = Prompt().passage_key
     assert Prompt(question_template=" ? {question}", max_tokens=250).passage_key == key
     assert Prompt(passage_template="{title}: {text}").passage_key != key
+
+
+def test_what_to_keep_of_a_long_question_is_start_or_end():
+    assert Prompt(keep_question="end").keep_question == "end"
+    initialise = inspect.unwrap(Prompt.__post_init__)
+    prompt = Prompt()
+    object.__setattr__(prompt, "keep_question", "middle")
+    with pytest.raises(ConfigError, match="keep_question: expected start or end, came 'middle'"):
+        initialise(prompt)
+
+
+def test_what_stands_around_the_question():
+    prompt = Prompt(question_template=" {{q}} {question} {{a}}")
+    assert (prompt.before_question, prompt.after_question) == (" {q} ", " {a}")

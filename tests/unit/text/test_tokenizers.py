@@ -150,3 +150,16 @@ def test_load_tokenizer_errors(tmp_path):
         load_tokenizer(tmp_path / "gone")
     with pytest.raises(DataError, match=r"expected a directory with tokenizer files.*Save one there"):
         load_tokenizer(tmp_path)
+
+
+def test_chinese_characters_are_words_of_their_own():
+    texts = ["安娜在2004年导演了《雪》。", "anna met Ben 在 NBA"] * 2
+    tokenizer = train_word_tokenizer(texts, vocab_size=200, lowercase=False, split_ideographs=True)
+    assert tokenizer.tokenize("安娜 anna年") == ["▁", "安", "娜", "▁anna", "年"]
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    unseen = tokenizer("安娜龘在", add_special_tokens=False)["input_ids"]
+    assert unseen.count(tokenizer.unk_token_id) == 1
+    assert "##安" not in tokenizer.get_vocab()
+    whole = train_word_tokenizer(texts, vocab_size=200, lowercase=False)
+    assert whole("安娜龘在", add_special_tokens=False)["input_ids"] == [whole.unk_token_id]

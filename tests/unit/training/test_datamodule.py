@@ -306,3 +306,21 @@ def test_faiss_serves_the_same_passages(tiny_run):
         indexed(
             tiny_run(data={"index": IndexSettings(factory="Nonsense17")}, objective=MarginalObjective(kind="rag_token"))
         )
+
+
+# ---------------------------------------------------------------------- knowledge for metrics
+
+
+def test_the_gold_passages_are_known_to_metrics_without_retrieval_too(tiny_run, tiny_model):
+    run = tiny_run(model=tiny_model(num_passages=0), objective=ClosedBook())
+    data = prepared(run)
+    asked = [*data.questions["train"][:1], replace(data.questions["train"][1], positive_passage_ids=())]
+    two = replace(asked[0], positive_passage_ids=("film-0", "film-1"))
+    first, none, both = data.knowledge([*asked, two])
+    assert first.startswith("Amber Amber was made by Ada Ash.")
+    assert none is None
+    assert both == f"{first} {data.knowledge([data.questions['train'][1]])[0]}"
+    with_corpus = prepared(tiny_run())
+    assert with_corpus.knowledge(asked) == [first, None]
+    without = tiny_run(model=tiny_model(num_passages=0), objective=ClosedBook(), data={"passages": None})
+    assert prepared(without).knowledge(asked) == [None, None]

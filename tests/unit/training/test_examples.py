@@ -41,6 +41,23 @@ def test_the_first_answer_is_the_target_unless_answers_are_sampled(questions, co
     assert all(example.answer in example.question.answers for example in sampled)
 
 
+def test_the_passage_made_of_a_question_is_forbidden_to_it(questions, corpus, tiny_model):
+    made = [replace(question, source_passage_id=f"film-{20 - place}") for place, question in enumerate(questions[:3])]
+    examples = QuestionExamples([*made, questions[3]], corpus)
+    assert [example.forbidden_row for example in drawn(examples, 4)] == [20, 19, 18, -1]
+    batch = Collator(tiny_model())(drawn(examples, 4), [1.0] * 4)
+    assert batch.forbidden_ids.tolist() == [20, 19, 18, -1]
+    assert Collator(tiny_model())(drawn(QuestionExamples(questions, corpus), 4), [1.0] * 4).forbidden_ids is None
+    closed_book = QuestionExamples(made, None)
+    assert [example.forbidden_row for example in drawn(closed_book, 3)] == [-1] * 3
+
+
+def test_the_passage_made_of_a_question_is_no_negative_of_it(corpus):
+    question = Question("q", "?", ("a",), ("film-0",), negative_passage_ids=("film-1",), source_passage_id="film-2")
+    examples = QuestionExamples([question], corpus, num_negatives=20)
+    assert all(2 not in example.negative_rows for example in drawn(examples, 20))
+
+
 def test_gold_passages_are_attached_and_drawn_where_there_are_several(questions, corpus):
     both = [Question("q", "?", ("a",), ("film-3", "film-8"))]
     rows = {example.positive_row for example in drawn(QuestionExamples(both, corpus, with_passage=True), 40)}

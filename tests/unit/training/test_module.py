@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rag_lightning.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from rag_lightning.metrics.text import corpus_bleu
 from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.training.module import RagLightningModule, check_shapes
 from rag_lightning.training.objectives import ClosedBook, Contrastive, Denoising, MarginalObjective, Sources
@@ -382,3 +383,16 @@ def test_evaluation_of_an_untrained_module_needs_no_fit(tiny_run, tiny_world):
     (validated,) = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert tested["test/nll"] > 0
     assert validated["val/nll"] > 0
+
+
+def test_figures_of_texts_stand_beside_exact_match(tiny_run, tiny_world):
+    data = {"validation": str(tiny_world.validation), "test": str(tiny_world.test)}
+    settings = {"text_metrics": ["bleu1", "knowledge_f1"], "recall_at": (1,)}
+    run = tiny_run(data=data, module=settings, max_steps=1, val_check_interval=1)
+    run.fit()
+    assert {"val/bleu1", "val/knowledge_f1", "val/exact_match"} <= set(run.trainer.callback_metrics)
+    run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    answers = {prediction.id: prediction.answer for prediction in run.module.predictions}
+    questions = run.data.questions["test"]
+    expected = corpus_bleu([answers[one.id] for one in questions], [one.answers for one in questions], max_order=1)
+    assert float(run.trainer.callback_metrics["test/bleu1"]) == pytest.approx(expected, rel=1e-5)

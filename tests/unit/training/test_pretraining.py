@@ -94,6 +94,14 @@ def test_what_is_forbidden_makes_room_for_the_next():
     assert hits.scores_BK.tolist() == [[2.0, 1.0], [3.0, 2.0], [-torch.inf] * 2, [3.0, 2.0]]
     assert hits.fusion.sparse_BK[0].tolist() == [12.0, 11.0]
     assert hits.snapshot_id == "a"
+    several = torch.tensor([[4, 9], [9, -1], [4, 4], [-1, -1]])
+    assert without(hits_of_all := Hits(scores_BL, ids_BL, "a"), several, 2).ids_BK.tolist() == [
+        [7, -1],
+        [4, 7],
+        [-1, -1],
+        [4, 7],
+    ]
+    assert torch.equal(hits_of_all.ids_BK, ids_BL)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Each reader's questions and passages on small files: what is asked, what is written, what is gold, what is its own."""
+"""Each reader's questions and passages on small files: what is asked, written, gold, and a question's own."""
 
 import gzip
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_a_section_that_is_not_there_is_named(data, tmp_path):
 def test_triples_are_passages_once_and_gold_for_their_turns(data):
     prepared = KdConv(folder=of(data, "kdconv"))()
     texts = [f"{passage.title} {passage.text}" for passage in prepared.passages]
-    assert len(texts) == len(set(texts)) == 4  # of the knowledge base two, of the messages two more
+    assert len(texts) == len(set(texts)) == 7  # of the knowledge base two, of the messages five more
     assert "雪 导演：安娜" in texts
     by_id = {passage.id: passage for passage in prepared.passages}
     question = prepared.questions["test"][0]
