@@ -34,7 +34,8 @@ def run(config: DictConfig) -> None:
     module = RagLightningModule(
         model=model, objective=objective, optim=OptimSettings(), learns=False, **metric_settings(config, run_config)
     )
-    trainer = build_trainer(config, config.callbacks)
+    further = [instantiate(run_config.callbacks.ranking)] if run_config is not None and _ranks(run_config) else []
+    trainer = build_trainer(config, config.callbacks, further)
     trainer.test(module, datamodule=data, weights_only=True)
     logger.info("metrics.json and predictions.jsonl are in %s", config.output)
 
@@ -70,7 +71,10 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
         snapshot = snapshot if snapshot is not None else source.snapshot
     elif passages is None and run_config is not None:
         passages = run_config.data.passages
-    data: RagDataModule = instantiate(config.data, test=test, passages=passages)
+    train = config.data.train
+    if train is None and run_config is not None and _ranks(run_config):
+        train = run_config.data.train  # popularity is counted there
+    data: RagDataModule = instantiate(config.data, train=train, test=test, passages=passages)
     data.index_settings = replace(data.index_settings, snapshot=snapshot)
     if config.retriever is None and source is not None:
         data.retriever_settings = source.settings
@@ -79,6 +83,10 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
     elif config.retriever is not None and model.encoder is not None:
         _fit_fusion(model, data.retriever_settings)
     return data
+
+
+def _ranks(run_config: DictConfig) -> bool:
+    return run_config.get("callbacks") is not None and run_config.callbacks.get("ranking") is not None
 
 
 def _fit_fusion(model: RagModel, settings: RetrieverSettings) -> None:

@@ -90,14 +90,14 @@ def mine_hard_negatives(
 def _hardest(
     question: Question, found: Iterable[tuple[float, int]], corpus: PassageCorpus, num_negatives: int
 ) -> MinedQuestion:
-    gold = frozenset(question.positive_passage_ids)
+    known = {*question.positive_passage_ids, *question.excluded_passage_ids, question.source_passage_id}
     ids: list[str] = []
     scores: list[float] = []
     for score, row in found:
         if len(ids) == num_negatives or row == MISSING_ID:
             break
         passage = corpus[row]
-        if passage.id not in gold and not holds_answer(passage, question):
+        if passage.id not in known and not holds_answer(passage, question):
             ids.append(passage.id)
             scores.append(score)
     return MinedQuestion(replace(question, negative_passage_ids=tuple(ids)), tuple(scores))

@@ -69,7 +69,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 175
+NUM_FILES = 176
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -612,7 +612,7 @@ def test_no_run_folder_learns_where_the_caches_of_the_environment_lie(
 def covered_elsewhere(name: str, compose: Compose, tiny_overrides: Any) -> None:
     """Choices of runs of tasks, which are built by the tests above."""
     known = {*LABELLED, *GENERATION, "base", "generation", "multitask", "minilm", "hf", "task_graph"}
-    known |= {"movielens"}  # tests/pipelines/test_recommendation_cli.py
+    known |= {"augmentation_graph", "movielens"}  # the latter: tests/pipelines/test_recommendation_cli.py
     assert name in known or name.startswith("policy/")
 
 
@@ -620,7 +620,13 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
     if name == "tasks":
         whole = compose("train", "sweep=tasks", "task=sst2", with_hydra=True)
         assert whole.hydra.sweep.dir == "outputs/tasks/sst2"
-        assert dict(whole.hydra.sweeper.params) == {"seed": "0,1,2", "task.retrieval.num_passages": "0,8"}
+        assert dict(whole.hydra.sweeper.params) == {"seed": "0,1,2", "task.retrieval.num_passages": "0,3"}
+        return
+    if name == "generation":
+        whole = compose("train", "sweep=generation", "task=multi30k", "task.folder=D", with_hydra=True)
+        assert whole.hydra.sweep.dir == "outputs/tasks/multi30k"
+        assert dict(whole.hydra.sweeper.params) == {"seed": "0,1,2", "objective": "closed_book,rag_token"}
+        assert whole.data.validation is None
         return
     whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
     params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}

@@ -34,6 +34,10 @@ def test_a_retriever_is_ranked_beside_its_baselines(settings: list[str], cli: An
         assert metrics[f"{ranking}_hit@1"] <= metrics[f"{ranking}_ndcg@3"] <= metrics[f"{ranking}_hit@3"]
     assert metrics["num_questions"] == 5  # the sixth user rated too few films
     assert metrics["recall@3"] == pytest.approx(metrics["dense_hit@3"])
+    cli("evaluate", tmp_path / "again", f"checkpoint={tmp_path / 'run'}", "num_passages=3")
+    again = read_json(tmp_path / "again" / "metrics.json")
+    ranked = {name: value for name, value in metrics.items() if name.startswith(RANKINGS)}
+    assert {name: again[name] for name in ranked} == pytest.approx(ranked)
 
 
 def test_a_generator_writes_titles_with_reasons(settings: list[str], cli: Any, tmp_path: Path) -> None:

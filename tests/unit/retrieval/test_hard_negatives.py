@@ -1,6 +1,7 @@
 """Mining: what is gold or answers is left out, the rest is kept in rank order, and no question is lost."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,11 @@ def test_gold_passages_and_answers_are_left_out_in_title_and_text(corpus):
     assert mined(QUESTION, search, corpus) == [("p4", 8.0), ("p3", 5.0), ("p5", 4.0)]
     assert mined(QUESTION, search, corpus, num_negatives=1) == [("p4", 8.0)]
     assert search.calls[0] == (["who made Kismet?"], 6)
+
+
+def test_a_questions_own_passage_and_excluded_ones_are_left_out(corpus):
+    question = replace(QUESTION, source_passage_id="p4", excluded_passage_ids=("p3",))
+    assert mined(question, ranking(1, 4, 0, 2, 3, 5), corpus) == [("p5", 4.0)]
 
 
 def test_a_regular_expression_is_an_answer_too(corpus):
