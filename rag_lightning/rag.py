@@ -259,10 +259,25 @@ class RagModel(nn.Module):
         """Returns questions in the encoder's vocabulary, special tokens included."""
         if self.encoder is None or self.encoder.tokenizer is None:
             raise ConfigError("this model has no encoder tokenizer: give one when loading it")
+        if self.prompt.keep_question == "end":
+            questions = self._query_ends(questions)
         texts = [self.encoder.query_template.format(question=question) for question in questions]
         with truncating(self.encoder.tokenizer, keep=self.prompt.keep_question):
             encoded = self.encoder.tokenizer(texts, truncation=True, max_length=self.encoder.max_query_tokens)
         return pad_sequences(encoded["input_ids"], self.encoder.tokenizer.pad_token_id)
+
+    def _query_ends(self, questions: Sequence[str]) -> list[str]:
+        """Returns questions cut from the left so that the query template around them stays whole."""
+        assert self.encoder is not None
+        tokenizer: Any = self.encoder.tokenizer
+        room = self.encoder.max_query_tokens - len(
+            tokenizer(self.encoder.query_template.format(question=""))["input_ids"]
+        )
+        ends = []
+        for question in questions:
+            spans = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            ends.append(question if len(spans) <= room else question[spans[len(spans) - max(room, 1)][0] :])
+        return ends
 
     def prompt_tokens(self, questions: Sequence[str]) -> TokenBatch:
         """Returns the question part of the generator's input, without special tokens."""

@@ -188,7 +188,7 @@ def check_task_choices(config: DictConfig, overrides: Sequence[str] = ()) -> Non
 def _nodes(config: DictConfig, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns the curriculum's nodes, less what the graph itself reads; the tasks where it names none."""
     graph = plain(config.curriculum)["graph"] if config.get("curriculum") is not None else None
-    nodes = graph["nodes"] if graph is not None else dict.fromkeys(tasks)
+    nodes = (graph or {}).get("nodes") or dict.fromkeys(tasks)
     return {
         str(name): {key: value for key, value in (node or {}).items() if key not in NODE_KEYS}
         for name, node in nodes.items()
@@ -219,7 +219,7 @@ def build_walk(
         for name, activity in module.activities.items()
     }
     kept = Path(config.paths.run_dir) / "curriculum.json"
-    if resumed and kept.is_file():
+    if resumed and estimate is not None and kept.is_file():
         graph = ActivityGraph.from_dict(read_json(kept))
     elif estimate is None:
         graph = ActivityGraph.from_dict({**description, "nodes": nodes})
@@ -320,6 +320,14 @@ def run_folder(checkpoint: str) -> Path:
     return path.parent if (path / "rag_config.json").is_file() else path
 
 
+def run_config(checkpoint: str) -> DictConfig | None:
+    """Returns the configuration of the run behind a checkpoint; None where it lies apart from one."""
+    path = run_folder(checkpoint) / "config.yaml"
+    config = OmegaConf.load(path) if path.is_file() else None
+    assert config is None or isinstance(config, DictConfig)
+    return config
+
+
 def load_checkpoint(checkpoint: str, setting: str = "checkpoint") -> tuple[RagModel, DictConfig | None]:
     """Returns the model behind a run directory, a Lightning checkpoint or a saved model directory.
 
@@ -331,10 +339,7 @@ def load_checkpoint(checkpoint: str, setting: str = "checkpoint") -> tuple[RagMo
         MissingFileError: Nothing is there.
         CheckpointError: The checkpoint is of another model.
     """
-    place = Path(checkpoint)
-    folder = run_folder(checkpoint)
-    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    assert config is None or isinstance(config, DictConfig)
+    place, folder, config = Path(checkpoint), run_folder(checkpoint), run_config(checkpoint)
     if place.suffix == ".ckpt":
         if not place.is_file():
             raise MissingFileError(f"{setting}: no such file: {place}. Check the path.")

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from rag_lightning.cli import heads
 from rag_lightning.cli.build import bind, build_trainer, decoding_of, instantiate, load_checkpoint
+from rag_lightning.cli.build import run_config as run_config_of
 from rag_lightning.cli.prepared import ensure_prepared
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
@@ -25,8 +26,8 @@ def run(config: DictConfig) -> None:
     if heads.is_of_heads(config.checkpoint):
         heads.evaluate(config)
         return
+    ensure_prepared(run_config_of(config.checkpoint))
     model, run_config = load_checkpoint(config.checkpoint)
-    ensure_prepared(run_config)
     apply_overrides(model, config)
     data = build_data(config, model, run_config)
     objective = objective_of(model) if not config.retrieval_only else Contrastive()

@@ -1,9 +1,11 @@
 """A finished run of heads: measured on its test examples or others, or asked about one text."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -50,6 +52,7 @@ def load(checkpoint: str, test: str | None = None) -> tuple[TaskLightningModule,
         config.data.index.snapshot = str(snapshots[-1])
     names = list(config.task.tasks)
     if test is not None:
+        config.task.data.limit_eval = None
         if len(names) != 1:
             raise ConfigError(
                 f"data.test: expected a run of one task, this one has {', '.join(names)}: whose examples are they?"
@@ -70,7 +73,7 @@ def load(checkpoint: str, test: str | None = None) -> tuple[TaskLightningModule,
 
 def evaluate(config: DictConfig) -> None:
     """``rag-lightning evaluate`` of heads: metrics.json and predictions.jsonl of the test examples."""
-    _refuse(config, [name for name in ("num_passages", "retriever") if config[name] is not None], "evaluate")
+    _refuse_others("evaluate", ("checkpoint", "output", "data.test", "trainer", "paths"))
     module, data = load(config.checkpoint, config.data.test)
     for name, splits in data.examples.items():
         if "test" not in splits:
@@ -86,11 +89,11 @@ def predict(config: DictConfig) -> None:
 
     A tagger takes words with spaces between them; a relation is asked for with ``<e1>…</e1>`` and ``<e2>…</e2>``.
     """
-    _refuse(config, [name for name in ("output", "num_passages", "heatmap") if config[name] is not None], "predict")
     if config.question is None or config.questions is not None:
         raise ConfigError(
             'predict: expected question="…", a text to judge; for a file of examples use rag-lightning evaluate'
         )
+    _refuse_others("predict", ("checkpoint", "question", "device"))
     module, data = load(config.checkpoint)
     module.to(torch.device(config.device))
     data.ensure_index()
@@ -100,7 +103,12 @@ def predict(config: DictConfig) -> None:
         output = module.model(name, [example], data.retriever)
         best = output.log_probs[0].max(dim=-1)
         if isinstance(example, TaggedSentence):
-            tags = [module.labels[name][number] for number in best.indices.tolist()][: len(example.words)]
+            assert output.places is not None
+            seen = (output.places[0, : len(example.words)] >= 0).tolist()
+            numbers = best.indices.tolist()
+            tags = [module.labels[name][number] if there else "O" for number, there in zip(numbers, seen, strict=False)]
+            if not all(seen):
+                console.print(f"(the reader has cut the text behind {sum(seen)} words)", markup=False)
             found = [f"{' '.join(example.words[start:end])} = {kind}" for start, end, kind in bio_spans(tags)]
             console.print(f"[bold]{name}[/bold]: {escape(', '.join(found) or 'no mention')}", soft_wrap=True)
         else:
@@ -113,13 +121,18 @@ def predict(config: DictConfig) -> None:
                 console.print(text, markup=False, soft_wrap=True)
 
 
-def _refuse(config: DictConfig, given: list[str], command: str) -> None:
-    given += [f"decoding.{name}" for name, value in config.decoding.items() if value is not None]
-    given += ["retrieval_only"] * bool(config.get("retrieval_only"))
-    if given:
+def _refuse_others(command: str, read: Sequence[str]) -> None:
+    """Refuses settings of the command line that heads do not read.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+    others = [key for key in keys if key not in read and key.split(".")[0] not in read]
+    if others:
         raise ConfigError(
-            f"{command}: expected only what heads read, got {', '.join(given)}: the run's own task.* settings hold. "
-            "Leave these out."
+            f"{command}: of a run of heads expected {', '.join(read)}, got {', '.join(others)}: its own task.* "
+            "settings hold. Leave these out."
         )
 
 

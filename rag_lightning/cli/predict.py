@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.progress import track
 
 from rag_lightning.cli import heads
-from rag_lightning.cli.build import load_checkpoint
+from rag_lightning.cli.build import load_checkpoint, run_config
 from rag_lightning.cli.evaluate import apply_overrides
+from rag_lightning.cli.prepared import ensure_prepared
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.corpora.questions import read_questions, write_predictions
 from rag_lightning.errors import ConfigError
@@ -29,6 +30,7 @@ def run(config: DictConfig) -> None:
     heatmap = Path(config.heatmap) if config.heatmap is not None else None
     if heatmap is not None:
         _check_heatmap(heatmap, config)
+    ensure_prepared(run_config(config.checkpoint))
     model, _ = load_checkpoint(config.checkpoint)
     apply_overrides(model, config)
     model.to(torch.device(config.device)).eval()

@@ -11,7 +11,7 @@ from rag_lightning.cli.build import instantiate
 from rag_lightning.corpora.generation.prepared import Preparation, keep, keep_tokenizer
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.questions import read_questions
-from rag_lightning.errors import DataError
+from rag_lightning.errors import CheckpointError, DataError
 from rag_lightning.rag import RagModel
 from rag_lightning.text.tagging import check_language
 
@@ -24,17 +24,19 @@ def prepares(config: DictConfig) -> bool:
     return config.get("task") is not None and config.task.get("prepare") is not None
 
 
-def with_prepared(config: DictConfig) -> DictConfig:
+def with_prepared(config: DictConfig, *, resumed: bool = False) -> DictConfig:
     """Returns the configuration with ``task.prepared`` and ``task.tokenizer`` naming folders that are there.
 
     ``data.passages``, ``data.train`` and so on point into them unless the command line says otherwise. Each process of
-    a run calls it: one prepares, the others wait. A resumed run and a sweep find the same files again.
+    a run calls it: one prepares, the others wait. A sweep finds the same files again, and so must a resumed run.
 
     Raises:
+        CheckpointError: A resumed run would read other files or another vocabulary than it began with.
         MissingFileError: A file of the data set is missing.
         DataError: A line of it is bad.
     """
     assert config.task.folder  # or it is told by its own name
+    before = {name: config.task.get(name) for name in ("prepared", "tokenizer")} if resumed else {}
     preparation = instantiate(config.task.prepare)
     assert isinstance(preparation, Preparation)
     folder = keep(preparation, config.paths.cache_dir)
@@ -45,6 +47,13 @@ def with_prepared(config: DictConfig) -> DictConfig:
     if config.task.vocabulary is not None:
         tokenizer = keep_tokenizer(folder, **config.task.vocabulary)
         config.task.tokenizer = f"${{paths.cache_dir}}/prepared/{tokenizer.name}"
+    for name, place in before.items():
+        if place is not None and Path(place).name != Path(config.task[name]).name:
+            raise CheckpointError(
+                f"task.{name}: expected {Path(place).name}, which the run began with, came "
+                f"{Path(config.task[name]).name}: the data set's files or task.prepare.* have changed since. Put them "
+                "back, or start a new run."
+            )
     return config
 
 

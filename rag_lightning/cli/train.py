@@ -36,7 +36,7 @@ def run(config: DictConfig) -> float | None:
     """Trains as configured; everything the run leaves is under its folder."""
     start = time.perf_counter()
     config, checkpoint = _resumed(config) if config.resume is not None else (config, None)
-    config = with_prepared(config) if prepares(config) else config
+    config = with_prepared(config, resumed=checkpoint is not None) if prepares(config) else config
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
@@ -77,11 +77,13 @@ def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None) -> L
     _fit(trainer, module, data, folder, checkpoint)
     if trainer.is_global_zero and walks:
         _draw_walk(walks[0].walk, folder / "curriculum.png")
-    if any("test" in splits for splits in data.examples.values()):
-        trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
-    if trainer.is_global_zero:
-        module.model.save_pretrained(folder / "model", labels=module.labels)
-        logger.info("model saved to %s", folder / "model")
+    try:
+        if any("test" in splits for splits in data.examples.values()):
+            trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
+    finally:  # a test that fails costs no training
+        if trainer.is_global_zero:
+            module.model.save_pretrained(folder / "model", labels=module.labels)
+            logger.info("model saved to %s", folder / "model")
     return trainer
 
 

@@ -65,10 +65,18 @@ class Reader(nn.Module):
         """Returns how far below the top each parameter is: 0 in the uppermost layer, most in embeddings.
 
         What belongs to no layer and is no embedding (a last norm) counts as top.
+
+        Raises:
+            ConfigError: No parameter's name says which layer it is of (ALBERT shares one among all).
         """
         names = [name for name, _ in self.named_parameters()]
         layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name))}
-        num_layers = max(layers.values(), default=-1) + 1
+        if not layers:
+            raise ConfigError(
+                f"reader: expected numbered layers among the weights of {type(self.backbone).__name__}, to let upper "
+                "ones learn alone or faster, found none. Use scope=all or heads, and layer_decay=1."
+            )
+        num_layers = max(layers.values()) + 1
         below = {name: num_layers if "embed" in name else 0 for name in names}
         return below | {name: num_layers - 1 - layer for name, layer in layers.items()}
 

@@ -126,8 +126,8 @@ def search(
 ) -> Hits:
     """Returns K passages for each question, and never one that is forbidden for it.
 
-    As many more are searched for as may be forbidden, as far as the corpus goes, so that K are left; where there are
-    fewer, places stay empty.
+    As many more are searched for as may be forbidden, as far as the corpus and the retriever's own ``num_candidates``
+    (of hybrids and rerankers) go, so that K are left; where there are fewer, places stay empty.
 
     Args:
         retriever: Where to search.
@@ -144,7 +144,8 @@ def search(
     if len(retriever.corpus) < 2:
         raise ConfigError("retrieval: expected at least 2 passages, as one may be forbidden, came 1. Add passages.")
     num_forbidden = forbidden_ids.shape[1] if forbidden_ids.ndim > 1 else 1
-    wanted = min(num_passages + num_forbidden, max(num_passages, len(retriever.corpus)))
+    most = min(len(retriever.corpus), getattr(retriever, "num_candidates", len(retriever.corpus)))
+    wanted = min(num_passages + num_forbidden, max(num_passages, most))
     hits = retriever.retrieve(questions, query_vectors_BD, wanted)
     return without(hits, forbidden_ids.to(hits.ids_BK.device), num_passages)
 
@@ -158,7 +159,8 @@ def without(hits: Hits, forbidden_ids: Int[Tensor, "B *F"], num_passages: int) -
             [4, 5]])
     """
     forbidden_BF = forbidden_ids.reshape(len(forbidden_ids), -1)
-    dropped_BL = (hits.ids_BK[:, :, None] == forbidden_BF[:, None, :]).any(dim=2) & hits.found_BK
+    dropped = [torch.isin(ids, forbidden) for ids, forbidden in zip(hits.ids_BK, forbidden_BF, strict=True)]
+    dropped_BL = torch.stack(dropped) & hits.found_BK  # row by row: [B, L, F] is large where F is
     scores_BL = hits.scores_BK.masked_fill(dropped_BL, -torch.inf)
     ids_BL = hits.ids_BK.masked_fill(dropped_BL, MISSING_ID)
     order_BK = (ids_BL == MISSING_ID).to(torch.int8).argsort(dim=1, stable=True)[:, :num_passages]

@@ -31,7 +31,7 @@ class RankingCallback(L.Callback):
     - ``dense``: the similarity s(x, z) of the query encoder as it is and the live index's vectors, exact, whatever else
       the retriever fuses or reranks.
     - ``popularity``: count(z), how often a passage is gold for a training question.
-    - ``bm25``: the question as the encoder reads it, against titles and texts.
+    - ``bm25``: the whole question against titles and texts.
     - ``dense_popularity``: s(x, z) / temperature + w log(1 + count(z)). In-batch negatives are drawn by popularity, so
       that training with them makes s / temperature tend to ``log p(z|x) - log p(z)``; w = 1 puts the second term back
       (Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", correct the same

@@ -82,7 +82,7 @@ def test_finished_heads_are_measured_again_and_asked(
     assert said.count("p(z|x)") == 2
 
     with pytest.raises(
-        SystemExit, match="evaluate: expected only what heads read, got num_passages, decoding.num_beams"
+        SystemExit, match="evaluate: of a run of heads expected .*, got num_passages, decoding.num_beams"
     ):
         cli("evaluate", tmp_path / "refused", f"checkpoint={run}", "num_passages=3", "decoding.num_beams=2")
     with pytest.raises(SystemExit, match="predict: expected question="):

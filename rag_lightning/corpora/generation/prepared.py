@@ -25,7 +25,7 @@ from rag_lightning.utils.io import atomic_directory, existing_file
 logger = logging.getLogger(__name__)
 Split = Literal["train", "validation", "test"]
 PASSAGES = "passages.jsonl"
-FORMAT = "prepared-1"  # raise it where a reader comes to read the same files otherwise
+FORMAT = "prepared-2"  # raise it where a reader comes to read the same files otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def prepared_name(preparation: Preparation) -> str:
 def keep(preparation: Preparation, cache_dir: str | Path) -> Path:
     """Returns a folder with ``passages.jsonl``, ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a data set.
 
-    It is made once, whole or not at all; of several processes one makes it and the others wait.
+    It is made once, whole or not at all; of several processes one makes it and the others wait. Validation and test
+    questions stand in the order of their ids' hashes, so that the first so many of them are a fair sample.
 
     Args:
         preparation: The reader.
@@ -116,6 +117,8 @@ def _write(data: PreparedData, folder: Path, source: str) -> None:
     corpus = PassageCorpus.from_passages(data.passages, source=source)  # refuses repeated ids and empty texts
     write_passages(folder / PASSAGES, data.passages)
     for split, questions in data.questions.items():
+        if split != "train":  # the first so many of them are a sample, whatever the data set's own order
+            questions = sorted(questions, key=lambda question: hash_texts([question.id]))
         write_questions(folder / f"{split}.jsonl", questions)
         read_questions(folder / f"{split}.jsonl", corpus=corpus)
 

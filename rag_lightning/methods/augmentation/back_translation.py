@@ -3,6 +3,9 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.heads.reading import TaskExample
@@ -12,19 +15,22 @@ from rag_lightning.types import LabelledText
 Translate = Callable[[Sequence[str]], Sequence[str]]
 
 
-def translator(source: str) -> Translate:
-    """Returns what a model of ours writes for texts; it is loaded when first needed.
+def translator(source: str, device: torch.device | str = "cpu") -> Translate:
+    """Returns what a model of ours writes for texts.
 
     Args:
-        source: A saved model's folder, or that of a run; trained with the text as the question and its translation as
+        source: A run's folder, or that of a saved model; trained with the text as the question and its translation as
             the answer.
+        device: Where it runs.
+
+    Raises:
+        CheckpointError: It is no saved model.
     """
-    loaded: list[RagModel] = []
+    folder = Path(source) / "model"
+    model = RagModel.from_pretrained(folder if folder.is_dir() else source).to(device).eval()
 
     def translate(texts: Sequence[str]) -> list[str]:
-        if not loaded:
-            loaded.append(RagModel.from_pretrained(source).eval())
-        return [prediction.answer for prediction in loaded[0].generate(list(texts))]
+        return [prediction.answer for prediction in model.generate(list(texts))]
 
     return translate
 
@@ -56,7 +62,7 @@ class BackTranslation:
         Raises:
             ConfigError: An example whose words bear tags or entities, which no translation keeps.
         """
-        texts = [self._checked(example) for example in examples]
+        texts = check_translatable(examples)
         chosen = [rng.random() < self.rate for _ in texts]
         wanted = [text.text for text, once in zip(texts, chosen, strict=True) if once]
         unknown = [text for text in dict.fromkeys(wanted) if text not in self._known]
@@ -67,11 +73,19 @@ class BackTranslation:
             for text, once in zip(texts, chosen, strict=True)
         ]
 
-    @staticmethod
-    def _checked(example: TaskExample) -> LabelledText:
+
+def check_translatable(examples: Sequence[TaskExample]) -> list[LabelledText]:
+    """Returns the examples, which are texts with one label.
+
+    Raises:
+        ConfigError: One is a tagged sentence, or has entities.
+    """
+    texts: list[LabelledText] = []
+    for example in examples:
         if not isinstance(example, LabelledText):
             raise ConfigError(
                 f"augmentation.back_translation: expected texts with one label, got a {type(example).__name__}: its "
                 "entities would be lost. Use deletion, swap, synonyms, masking or entities."
             )
-        return example
+        texts.append(example)
+    return texts

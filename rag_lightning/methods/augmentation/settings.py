@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.heads.reading import TaskExample, query_text
-from rag_lightning.methods.augmentation.back_translation import back_translation, translator
+from rag_lightning.methods.augmentation.back_translation import back_translation, check_translatable, translator
 from rag_lightning.methods.augmentation.lexicon import covered, read_lexicon
 from rag_lightning.methods.augmentation.words import (
     Augmentation,
@@ -63,20 +65,26 @@ class AugmentationSettings:
         if unread:
             raise ConfigError(f"augmentation.{self.kind}: expected no {' and '.join(unread)}, which it does not read")
 
-    def build(self, *, mask: str | None, train: Sequence[TaskExample]) -> BatchAugmentation:
+    def build(
+        self, *, mask: str | None, train: Sequence[TaskExample], device: torch.device | str = "cpu"
+    ) -> BatchAugmentation:
         """Returns the augmentation.
 
         Args:
             mask: The reader's mask token; None where it has none.
             train: The training examples.
+            device: Where translators run.
 
         Raises:
-            ConfigError: Masking for a reader that has no mask.
+            ConfigError: Masking for a reader that has no mask, or back-translation of tags or entities.
+            CheckpointError: A translator is no saved model.
             DataError: Nothing that it could alter.
         """
         rate = self.rate if self.rate is not None else RATES[self.kind]
         if self.kind == "back_translation":
-            return back_translation(translator(str(self.there)), translator(str(self.back)), rate)
+            check_translatable(train[:1])
+            there, back = (translator(str(one), device) for one in (self.there, self.back))
+            return back_translation(there, back, rate)
         if self.kind == "entities":
             return _each(entities([one for one in train if isinstance(one, TaggedSentence)], rate))
         if self.kind == "synonyms":

@@ -10,6 +10,7 @@ of entities stay: a tagged sentence is altered between its mentions, a relation 
 """
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from rag_lightning.heads.reading import TaskExample
 from rag_lightning.text.tagging import bio_spans
 from rag_lightning.types import RelationMention, TaggedSentence
 
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_WORD = re.compile(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+")
 Change = Callable[[Sequence[str], random.Random], list[str]]
 """Alters a stretch of words."""
 Augmentation = Callable[[TaskExample, random.Random], TaskExample]
@@ -79,7 +82,7 @@ def masking(mask: str, rate: float = 0.15, mean_span_words: float = 2.0) -> Chan
         for word in words:
             inside = rng.random() < (stays if inside else begins)
             masked.append(mask if inside else word)
-        return masked
+        return masked if any(one != mask for one in masked) else list(words)  # what is left must still bear the label
 
     return change
 
@@ -116,8 +119,8 @@ def changed(change: Change) -> Augmentation:
             return _sentence(example, change, rng)
         if isinstance(example, RelationMention):
             return _relation(example, change, rng)
-        words = change(example.text.split(), rng)
-        return replace(example, text=" ".join(words)) if words else example
+        words = change(_words(example.text), rng)
+        return replace(example, text=_joined(words)) if words else example
 
     return augment
 
@@ -169,7 +172,7 @@ def _sentence(example: TaggedSentence, change: Change, rng: random.Random) -> Ta
 def _relation(example: RelationMention, change: Change, rng: random.Random) -> RelationMention:
     text, spans, place = "", [], 0
     for start, end in [*sorted((example.head, example.tail)), (len(example.text), len(example.text))]:
-        outside = " ".join(change(example.text[place:start].split(), rng))
+        outside = _joined(change(_words(example.text[place:start]), rng))
         text = " ".join(part for part in (text, outside) if part)
         if start < end:
             text += " " if text else ""
@@ -179,6 +182,20 @@ def _relation(example: RelationMention, change: Change, rng: random.Random) -> R
     first, second = spans
     head, tail = (first, second) if example.head < example.tail else (second, first)
     return replace(example, text=text, head=head, tail=tail)
+
+
+def _words(text: str) -> list[str]:
+    """Returns what spaces part, and of Chinese each character, since no space parts its words."""
+    return _WORD.findall(text)
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Returns words as one text, without spaces beside Chinese characters."""
+    text = ""
+    for word in words:
+        apart = text and not _CHINESE.match(text[-1]) and not _CHINESE.match(word)
+        text += f" {word}" if apart else word
+    return text
 
 
 def _check_rate(name: str, rate: float) -> None:

@@ -179,6 +179,11 @@ class Walk:
     # ------------------------------------------------------------------ what happened
 
     @property
+    def unrewarded(self) -> str | None:
+        """The activity that waits for its reward; None where none does."""
+        return self.node if self._waits_for_reward else None
+
+    @property
     def visits(self) -> dict[str, int]:
         """How many rewarded steps each activity had."""
         return dict(self._visits)

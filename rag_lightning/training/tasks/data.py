@@ -130,6 +130,7 @@ class TaskDataModule(L.LightningDataModule):
         self._corpus: PassageCorpus | None = None
         self._draws: dict[str, _Draws] = {}
         self._restored: dict[str, Any] = {}
+        self._before_step: tuple[int, dict[str, Any]] | None = None
 
     def bind(self, model: HeadedModel) -> None:
         """Tells whose tokenizer reads the texts, and whose towers search.
@@ -195,6 +196,16 @@ class TaskDataModule(L.LightningDataModule):
         """Returns step numbers; see the module's description."""
         return StepLoader(self.steps_per_epoch, self._num_done)
 
+    def begin_step(self) -> None:
+        """Remembers where each task's epoch stands before a step draws: a step that fails has read nothing."""
+        self._before_step = self._num_finished(), self._draws_state()
+
+    def _num_finished(self) -> int:
+        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def _draws_state(self) -> dict[str, Any]:
+        return {**self._restored, **{name: draws.state_dict() for name, draws in self._draws.items()}}
+
     def _num_done(self) -> int:
         return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
 
@@ -254,13 +265,15 @@ class TaskDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how far each task's epoch has come, and which snapshot is live."""
-        draws = {**self._restored, **{name: draws.state_dict() for name, draws in self._draws.items()}}
+        """Returns how far each task's epoch has come in the steps that are over, and which snapshot is live."""
+        draws = self._draws_state()
+        if self._before_step is not None and self._before_step[0] == self._num_finished():
+            draws = self._before_step[1]  # a checkpoint of a step that failed
         return {"draws": draws, "index": self._index.state_dict() if self._index is not None else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint stood."""
-        self._restored, self._draws = dict(state_dict["draws"]), {}
+        self._restored, self._draws, self._before_step = dict(state_dict["draws"]), {}, None
         if self._index is not None:
             self._index.load_state_dict(state_dict["index"])
             self.retriever = None

@@ -1,13 +1,14 @@
 """Edges between activities, measured before training: whose gradients point one way, or who helps whom."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.methods.curriculum.estimate import graph_from_gradients, graph_from_transfer
 from rag_lightning.methods.curriculum.graph import ActivityGraph
 from rag_lightning.training.tasks.data import EXAMPLES, TaskDataModule
@@ -63,19 +64,45 @@ def _measured(
         gradients = {name: _gradients(module, data, name, num_batches) for name in module.tasks}
         return graph_from_gradients(gradients, nodes)
     names = list(module.tasks)
-    alone = {target: _loss_after(module, data, [target] * num_steps, target, probe_size) for target in names}
+    _check_held_out(data, names)
+    numbers = range(num_steps)
+    alone = {
+        target: _loss_after(module, data, [(target, number) for number in numbers], target, probe_size)
+        for target in names
+    }
     gains = {
-        (source, target): alone[target] - _loss_after(module, data, [source, target] * num_steps, target, probe_size)
+        (source, target): alone[target]
+        - _loss_after(
+            module,
+            data,  # the source's batches are never the target's, if they are one task
+            [step for number in numbers for step in ((source, num_steps + number), (target, number))],
+            target,
+            probe_size,
+        )
         for source in names
         for target in names
     }
     return graph_from_transfer(gains, nodes)
 
 
+def _check_held_out(data: TaskDataModule, names: Sequence[str]) -> None:
+    without = [name for name in names if not data.examples[name].get("validation")]
+    if without:
+        raise DataError(
+            f"curriculum.estimate: expected validation examples of each task to measure transfer with, came none of "
+            f"{', '.join(without)}. Give task.tasks.NAME.validation or validation_share, or estimate by gradients."
+        )
+
+
 def _gradients(
     module: TaskLightningModule, data: TaskDataModule, task: str, num_batches: int
 ) -> list[Float[Tensor, " _"]]:
     shared = [parameter for parameter in module.model.reader.parameters() if parameter.requires_grad]
+    if not shared:
+        raise ConfigError(
+            "curriculum.estimate: expected a reader that learns, whose gradients are compared, got "
+            "optim.train_reader=false. Estimate by transfer, or give edges."
+        )
     found = []
     for number in range(num_batches):
         loss = _loss(module, data, task, number)
@@ -85,7 +112,7 @@ def _gradients(
 
 
 def _loss_after(
-    module: TaskLightningModule, data: TaskDataModule, trained: list[str], target: str, probe_size: int
+    module: TaskLightningModule, data: TaskDataModule, trained: Sequence[tuple[str, int]], target: str, probe_size: int
 ) -> float:
     """Returns the held-out loss of a target after a short training by plain AdamW, whose weights are then put back."""
     kept = copy.deepcopy(module.model.state_dict())
@@ -96,9 +123,9 @@ def _loss_after(
     ]
     optimizer = torch.optim.AdamW(groups)
     try:
-        for step, task in enumerate(trained):
+        for task, number in trained:
             optimizer.zero_grad()
-            _loss(module, data, task, step).backward()  # type: ignore[no-untyped-call]
+            _loss(module, data, task, number).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
             return float(_loss(module, data, target, 0, split="validation", size=probe_size))

@@ -27,7 +27,7 @@ from rag_lightning.training.optim import (
     freeze_all_but,
 )
 from rag_lightning.training.tasks.activities import TrainingActivity
-from rag_lightning.training.tasks.data import IGNORED, TaskBatch, TaskDataModule
+from rag_lightning.training.tasks.data import EXAMPLES, IGNORED, TaskBatch, TaskDataModule
 from rag_lightning.training.tasks.task import Task
 from rag_lightning.types import TaggedSentence
 from rag_lightning.utils import distributed
@@ -121,8 +121,26 @@ class TaskLightningModule(L.LightningModule):
         self.data.ensure_index()
         mask: str | None = self.model.reader.tokenizer.mask_token
         for name, activity in self.activities.items():
+            self._check_passages(name, activity)
             train = self.data.examples[activity.task]["train"]
-            self._augmentations[name] = [one.build(mask=mask, train=train) for one in activity.augment]
+            self._augmentations[name] = [
+                one.build(mask=mask, train=train, device=self.device) for one in activity.augment
+            ]
+
+    def _check_passages(self, name: str, activity: TrainingActivity) -> None:
+        num_negatives = activity.passages.hard_negatives if activity.passages is not None else 0
+        if num_negatives == 0:
+            return
+        place = f"curriculum.graph.nodes.{name}.passages.hard_negatives={num_negatives}"
+        if num_negatives >= self.model.settings.num_passages:
+            raise ConfigError(
+                f"{place}: expected fewer than task.retrieval.num_passages={self.model.settings.num_passages}"
+            )
+        if self.data.passages != EXAMPLES or self.tasks[activity.task].kind == "tagging":
+            raise ConfigError(
+                f"{place}: expected task.passages=examples of a task with one label for each, as a passage's label "
+                "says that it is wrong. Leave it out."
+            )
 
     def on_validation_start(self) -> None:
         """Opens the index, where a model is validated without training."""
@@ -139,6 +157,10 @@ class TaskLightningModule(L.LightningModule):
             name = self.walk.next() if self.walk is not None else names[self.global_step % len(names)]
             self._activity = (self.global_step, name)
         return self.activities[self._activity[1]]
+
+    def resume_activity(self, name: str) -> None:
+        """Goes on with an activity that was chosen for this optimiser step and not finished."""
+        self._activity = (self.global_step, name)
 
     def _drawn(self, batch_idx: int) -> list[tuple[TaskBatch, PassageChange | None]]:
         """Returns the step's batches, altered as its activity says."""
@@ -163,6 +185,7 @@ class TaskLightningModule(L.LightningModule):
 
     def training_step(self, step: int, batch_idx: int) -> Tensor:
         """Draws a batch of the step's task and returns its loss; refuses one that is not finite."""
+        self.data.begin_step()
         name = self.next_activity().task
         examples: list[TaskExample] = []
         sums: list[Tensor] = []
@@ -258,19 +281,25 @@ class TaskLightningModule(L.LightningModule):
 
     def _finish(self, stage: str) -> None:
         figures: dict[str, Tensor] = {}
+        chosen_by: list[Tensor] = []
+        split = "validation" if stage == "val" else "test"
         for name, task in self.tasks.items():
+            if split not in self.data.examples[name]:
+                continue
             metric: Any = self.metrics[name]
             if isinstance(metric, SpanMetrics):
-                self.tag_reports[name] = asdict(metric.tag_report())
+                with metric.sync_context():
+                    self.tag_reports[name] = asdict(metric.tag_report())
             values = {key: value.float().to(self.device) for key, value in metric.compute().items()}
             figures |= {f"{stage}/{name}/{key}": value for key, value in values.items()}
             if len(self.tasks) == 1:
                 figures |= {f"{stage}/{key}": value for key, value in values.items()}
-            else:
-                figures.setdefault(f"{stage}/mean", torch.zeros((), device=self.device))
-                figures[f"{stage}/mean"] = figures[f"{stage}/mean"] + values[task.monitor] / len(self.tasks)
+            if task.monitor in values:
+                chosen_by.append(values[task.monitor])
             if stage == "test":
                 figures |= {f"test/{name}/majority_{key}": value for key, value in self._majority(name).items()}
+        if len(self.tasks) > 1 and chosen_by:
+            figures[f"{stage}/mean"] = torch.stack(chosen_by).mean()
         self.log_dict(figures, sync_dist=True)  # the same in all processes already
 
     def _majority(self, name: str) -> dict[str, Tensor]:

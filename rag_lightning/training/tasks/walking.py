@@ -80,7 +80,10 @@ class WalkCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures where training begins, unless it goes on."""
+        assert isinstance(pl_module, TaskLightningModule)
         self._rewarded_step = trainer.global_step
+        if (unfinished := self.walk.unrewarded) is not None:  # the checkpoint is of a step that failed
+            pl_module.resume_activity(unfinished)
         if math.isnan(self._before):
             self._before = self._held_out_loss(trainer, pl_module)
 

@@ -72,6 +72,19 @@ def test_a_mention_is_replaced_by_one_of_its_type():
     assert entities(others)(text, random.Random(0)) is text
 
 
+def test_chinese_is_altered_by_characters():
+    example = LabelledText("1", "这部 NBA 电影很好", "good")
+    assert changed(swap(1.0))(example, random.Random(0)).text == "部NBA电影很好这"
+    for seed in range(20):
+        masked = changed(masking("[MASK]", rate=0.5))(example, random.Random(seed)).text
+        assert masked.replace("[MASK]", "") not in ("", example.text) or masked == example.text
+
+
+def test_a_text_is_never_masked_whole():
+    words = ["film"]
+    assert all(masking("[MASK]", rate=0.5, mean_span_words=1.0)(words, random.Random(n)) == words for n in range(20))
+
+
 def test_bad_input_is_refused(tmp_path):
     for make in (deletion, swap, lambda rate: masking("M", rate=rate), lambda rate: synonyms({}, rate=rate)):
         with pytest.raises(ConfigError, match="expected a rate above 0 and at most 1, got 1.5"):

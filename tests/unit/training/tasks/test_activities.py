@@ -157,5 +157,10 @@ def test_bad_activities_are_refused(folder, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             TrainingActivity(task="a", **wrong)
+    negatives = {"x": {"passages": PassageSettings(hard_negatives=2)}}
+    with pytest.raises(ConfigError, match=r"hard_negatives=2: expected fewer than task.retrieval.num_passages=2"):
+        Run(tmp_path / "k", [sst2(folder)], num_passages=2, activities=negatives).fit()
+    with pytest.raises(ConfigError, match=r"hard_negatives=2: expected task.passages=examples"):
+        Run(tmp_path / "tags", [wikigold(folder)], num_passages=3, activities=negatives).fit()
     with pytest.raises(ConfigError, match="expected heads that retrieve, these are plain"):
         Run(tmp_path, [sst2(folder)], activities={"x": {"passages": PassageSettings(dropout=0.5)}})

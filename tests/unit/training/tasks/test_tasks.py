@@ -98,6 +98,45 @@ def test_a_resumed_run_goes_the_same_way(stop, folder, tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+def test_a_run_goes_on_after_a_step_that_failed(folder, tmp_path):
+    """The checkpoint of an exception holds what was before the step: its task, and the batch that it had drawn."""
+
+    def run(root, steps, *, fails_at=None, checkpoint=None):
+        saver = ModelCheckpoint(dirpath=str(root / "checkpoints"), save_last=True, save_on_exception=True)
+        callback = walk(("sst2", "wikigold"))
+        made = Run(
+            root, [sst2(folder), wikigold(folder)], steps=steps, callbacks=[saver, callback, RandomStateCallback()]
+        )
+        judge = made.module.judge
+
+        def failing(batch, change=None):
+            if made.module.training and made.module.global_step == fails_at:
+                raise RuntimeError("out of memory")
+            return judge(batch, change)
+
+        made.module.judge = failing
+        made.fit(checkpoint)
+        return made, callback
+
+    whole, path = run(tmp_path / "whole", 6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path / "part", 6, fails_at=4)
+    saved = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 4
+    resumed, again = run(tmp_path / "part", 6, checkpoint=str(saved))
+    assert again.walk.history == path.walk.history
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], value), name
+
+
+def test_a_task_without_test_examples_is_left_out(folder, tmp_path):
+    run = Run(tmp_path, [sst2(folder), wikigold(folder)], steps=2)
+    run.data.examples["wikigold"].pop("test")
+    figures = run.fit().test()
+    assert figures["test/mean"] == pytest.approx(figures["test/sst2/accuracy"])
+    assert not any("wikigold" in name for name in figures)
+
+
 def test_the_walk_is_rewarded_with_the_drop_of_the_held_out_loss(folder, tmp_path):
     path = walk(("sst2", "wikigold"))
     seen = []
