@@ -1,6 +1,7 @@
 """From a composed configuration to objects: the one place where configuration ends and constructors begin."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.decoding.options import DecodingMode, DecodingOptions
@@ -219,7 +221,9 @@ def build_walk(
         for name, activity in module.activities.items()
     }
     kept = Path(config.paths.run_dir) / "curriculum.json"
-    if resumed and estimate is not None and kept.is_file():
+    others = estimate is not None and rank_zero_only.rank != 0  # all processes walk one graph: the first measures it
+    if estimate is not None and ((resumed and kept.is_file()) or others):
+        _wait_for(kept)
         graph = ActivityGraph.from_dict(read_json(kept))
     elif estimate is None:
         graph = ActivityGraph.from_dict({**description, "nodes": nodes})
@@ -237,9 +241,18 @@ def build_walk(
         logger.info("curriculum: %s", ", ".join(f"{a} -> {b} {weight:.3g}" for a, b, weight in graph.edges))
     if ordered:
         logger.info("curriculum: in the order %s", ", ".join(graph.order()))
-    write_json(kept, graph.to_dict())
+    if rank_zero_only.rank == 0:
+        write_json(kept, graph.to_dict())
     policy = instantiate(config.curriculum.policy, graph=graph, seed=config.seed)
     return WalkCallback(walk=Walk(graph, policy, **settings), targets=targets, probe_size=probe_size)
+
+
+def _wait_for(path: Path, minutes: float = 30.0) -> None:
+    end = time.monotonic() + 60 * minutes
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise MissingFileError(f"{path}: expected the first process to write it, found none in {minutes:g} minutes")
+        time.sleep(0.2)
 
 
 def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Sequence[L.Callback] = ()) -> L.Trainer:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -521,6 +522,19 @@ def test_the_augmentation_graph_walks_over_ways_to_train(compose: Compose, task_
     assert kinds["plain"] == []
     assert (module.activities["top"].scope, module.activities["top"].top_layers) == ("top", 2)
     assert module.activities["wide"].batches == 2
+
+
+def test_further_processes_take_the_edges_that_the_first_has_measured(
+    compose: Compose, task_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimate = "curriculum.estimate={by: gradients, num_batches: 1}"
+    config = compose("train", "task=multitask", "curriculum=task_graph", estimate, *task_overrides)
+    module, data = build_task_run(config)
+    Path(config.paths.run_dir).mkdir(exist_ok=True)
+    first = build_walk(config, module, data).walk.graph
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    data.seed = 7  # would measure others
+    assert build_walk(config, module, data).walk.graph.edges == first.edges
 
 
 def test_the_ner_recipe_is_the_published_one(compose: Compose, task_overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Runs of generation tasks from the command line: trained, swept, resumed, evaluated, asked, refused."""
 
+import gzip
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,12 @@ def test_a_missing_data_set_is_named(settings: list[str], cli: Any, tmp_path: Pa
         cli("train", tmp_path / "run", "task=multi30k", f"task.folder={tmp_path / 'elsewhere'}", *usual)
     with pytest.raises(SystemExit, match="task.folder: expected a value, came none"):
         cli("train", tmp_path / "run", "task=multi30k", *usual)
+
+
+def test_a_data_set_that_changed_since_is_not_resumed(settings: list[str], cli: Any, tmp_path: Path) -> None:
+    cli("train", tmp_path / "run", "task=jeopardy", "objective=closed_book", *settings)
+    file = tmp_path / "data" / "jeopardy" / "all.jsonl.gz"
+    lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+    file.write_bytes(gzip.compress(b"".join(lines[:-1])))
+    with pytest.raises(SystemExit, match="task.prepared: expected .*, which the run began with, came"):
+        cli("train", tmp_path / "run", f"resume={tmp_path / 'run'}", "trainer.max_steps=4")
