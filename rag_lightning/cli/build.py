@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,7 @@ def build_walk(
                 f"curriculum.estimate: expected the run's tasks as nodes, got {', '.join(nodes)}: what alters the "
                 "examples of a task is weighed by the walk itself"
             )
+        _check_estimate(estimate)
         graph = estimated_graph(module, data, nodes, **estimate)
         logger.info("curriculum: %s", ", ".join(f"{a} -> {b} {weight:.3g}" for a, b, weight in graph.edges))
     if ordered:
@@ -245,6 +246,15 @@ def build_walk(
         write_json(kept, graph.to_dict())
     policy = instantiate(config.curriculum.policy, graph=graph, seed=config.seed)
     return WalkCallback(walk=Walk(graph, policy, **settings), targets=targets, probe_size=probe_size)
+
+
+def _check_estimate(estimate: Mapping[str, Any]) -> None:
+    ways = {"gradients": ("by", "num_batches"), "transfer": ("by", "num_steps", "probe_size")}
+    if estimate.get("by") not in ways:
+        raise ConfigError(f"curriculum.estimate.by: expected one of {', '.join(ways)}, got {estimate.get('by')!r}")
+    known = ways[estimate["by"]]
+    if unknown := [key for key in estimate if key not in known]:
+        raise ConfigError(f"curriculum.estimate: expected {', '.join(known)}, got {', '.join(unknown)} too")
 
 
 def _wait_for(path: Path, minutes: float = 30.0) -> None:

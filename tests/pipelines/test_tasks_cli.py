@@ -113,10 +113,13 @@ def test_graphs_that_do_not_fit_are_refused(settings: list[str], cli: Any, tmp_p
     graph = "curriculum.graph={nodes: {sst2: {}, ag_news: {}, fever: {}, boolq: {}}, edges: %s}"
     cycle = "[{from: sst2, to: fever}, {from: fever, to: sst2}, {from: ag_news, to: boolq}, {from: boolq, to: boolq}]"
     several = ("task=multitask", "curriculum=task_graph")
+    estimate = "curriculum.estimate={by: %s}"
     refused("cycle", *several, graph % cycle, "curriculum.ordered=true")
     refused(
         "expected no curriculum.graph.edges with it", *several, graph % cycle, "curriculum.estimate={by: gradients}"
     )
+    refused("estimate: expected by, num_batches, got num_steps", *several, estimate % "gradients, num_steps: 2")
+    refused("expected one of gradients, transfer, got 'gradient'", *several, estimate % "gradient")
     refused("'nowhere'", *several, graph % "[{from: sst2, to: nowhere}]")
     refused(
         "expected the run's tasks as nodes", "task=sst2", "curriculum=augmentation_graph",

@@ -37,7 +37,7 @@ class AugmentationSettings:
     Attributes:
         kind: Its name.
         rate: Of what it alters; None is :data:`RATES`.
-        mean_span_words: Of masked spans.
+        mean_span_words: Of masked spans; None is 2.
         lexicon: Synonyms: a JSON file, or a folder of WN18RR.
         there: Run or model that translates into another language (back-translation).
         back: The same out of it.
@@ -45,7 +45,7 @@ class AugmentationSettings:
 
     kind: AugmentationKind
     rate: float | None = None
-    mean_span_words: float = 2.0
+    mean_span_words: float | None = None
     lexicon: str | None = None
     there: str | None = None
     back: str | None = None
@@ -59,9 +59,9 @@ class AugmentationSettings:
         missing = [name for name in needs if getattr(self, name) is None]
         if missing:
             raise ConfigError(f"augmentation.{self.kind}: expected {' and '.join(missing)}, got none")
-        unread = [
-            name for name in ("lexicon", "there", "back") if getattr(self, name) is not None and name not in needs
-        ]
+        reads = ("mean_span_words",) if self.kind == "masking" else needs
+        optional = ("mean_span_words", "lexicon", "there", "back")
+        unread = [name for name in optional if getattr(self, name) is not None and name not in reads]
         if unread:
             raise ConfigError(f"augmentation.{self.kind}: expected no {' and '.join(unread)}, which it does not read")
 
@@ -99,7 +99,9 @@ class AugmentationSettings:
         if self.kind == "masking":
             if mask is None:
                 raise ConfigError("augmentation.masking: expected a reader with a mask token, its tokenizer has none")
-            return _each(changed(masking(mask, rate, self.mean_span_words)))
+            return _each(
+                changed(masking(mask, rate, self.mean_span_words if self.mean_span_words is not None else 2.0))
+            )
         return _each(changed(deletion(rate) if self.kind == "deletion" else swap(rate)))
 
 

@@ -50,6 +50,15 @@ class TrainingActivity:
             )
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"activity.layer_decay: expected a factor above 0 and at most 1, got {self.layer_decay}")
+        if self.scope != "top" and self.top_layers != 1:
+            raise ConfigError(
+                f"activity.top_layers: expected none with scope={self.scope}, which does not read it, got "
+                f"{self.top_layers}"
+            )
+        if self.scope == "heads" and self.layer_decay != 1:
+            raise ConfigError(
+                f"activity.layer_decay: expected none with scope=heads, as no layer moves, got {self.layer_decay}"
+            )
         if self.batches < 1:
             raise ConfigError(f"activity.batches: expected 1 or more, got {self.batches}")
 

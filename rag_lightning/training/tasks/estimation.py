@@ -42,6 +42,10 @@ def estimated_graph(
         num_batches: See ``by``.
         num_steps: See ``by``.
         probe_size: Held-out examples of each target (transfer).
+
+    Raises:
+        ConfigError: A reader that does not learn has no gradients.
+        DataError: No validation examples to measure transfer with, or a gradient or gain that is not finite.
     """
     data.ensure_index()
     module.eval()

@@ -36,6 +36,8 @@ def test_bad_settings_are_refused(tmp_path):
         AugmentationSettings(kind="back_translation", there="run")
     with pytest.raises(ConfigError, match="swap: expected no lexicon, which it does not read"):
         AugmentationSettings(kind="swap", lexicon="file")
+    with pytest.raises(ConfigError, match="swap: expected no mean_span_words, which it does not read"):
+        AugmentationSettings(kind="swap", mean_span_words=3.0)
     with pytest.raises(ConfigError, match="expected a reader with a mask token"):
         AugmentationSettings(kind="masking").build(mask=None, train=TEXTS)
     (tmp_path / "lexicon.json").write_text('{"film": ["picture"]}')

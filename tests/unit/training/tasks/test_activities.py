@@ -153,6 +153,8 @@ def test_bad_activities_are_refused(folder, tmp_path):
     assert activity_from("any", {"augment": ["swap", {"kind": "deletion", "rate": 0.2}]}, ["a"]).task == "a"
     for wrong, message in (
         ({"layer_decay": 0.0}, "expected a factor above 0"),
+        ({"top_layers": 2}, "expected none with scope=all, which does not read it, got 2"),
+        ({"scope": "heads", "layer_decay": 0.5}, "expected none with scope=heads, as no layer moves, got 0.5"),
         ({"top_layers": 0}, "expected 1 or more, got 0; heads alone are scope=heads"),
     ):
         with pytest.raises(ConfigError, match=message):
