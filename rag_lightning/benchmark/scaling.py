@@ -2,14 +2,15 @@
 
 An exponent of 1 is proportional cost. ``k`` and ``batch`` are training steps of RAG-Token; ``passages`` is one exact
 search for a batch over made-up vectors of N passages. ``k`` tells the cost per passage besides, for each K from 5 on
-as a multiple of the first: seconds for each token of the contexts, since it is chance which passages are drawn.
+as a multiple of the first: seconds for each token of the contexts, since it is chance which passages are drawn. It
+falls where a step has a part that all passages share; what a further passage costs is told without that part.
 """
 
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, pairwise
 from operator import truediv
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -95,6 +96,22 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
     if len(set(sizes)) < 2:
         return None
     return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(costs, float)), 1)[0])
+
+
+def further_costs(cost_per_passage: Mapping[int, float]) -> list[float]:
+    """Returns what a further passage costs between each K and the next, as multiples of their mean.
+
+    All are 1 where a step costs a fixed part and an equal part for each passage. Fewer than two K have none.
+
+    Args:
+        cost_per_passage: Cost of a step divided by K, by ascending K.
+
+    >>> [round(each, 6) for each in further_costs({5: 13.0 / 5, 10: 23.0 / 10, 50: 103.0 / 50})]
+    [1.0, 1.0]
+    """
+    steps = [(size, size * cost) for size, cost in cost_per_passage.items()]
+    slopes = [(cost - before) / (size - smaller) for (smaller, before), (size, cost) in pairwise(steps)]
+    return [slope / statistics.mean(slopes) for slope in slopes]
 
 
 def check_series(shape: Shape, settings: ScalingSettings) -> None:
@@ -190,6 +207,7 @@ def _steps(
             if size >= _CONSTANT_FROM and _name(OURS, size) in timings
         }
         found["cost_per_passage"] = [each / next(iter(per_token.values())) for each in per_token.values()]
+        found["cost_per_further_passage"] = further_costs(per_token)
     return {**found, "missing": missing}
 
 

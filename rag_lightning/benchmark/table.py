@@ -73,6 +73,9 @@ def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
         if found.get("cost_per_passage"):
             costs = ", ".join(f"{cost:.3f}" for cost in found["cost_per_passage"])
             lines.append(f"cost per passage, for each K from 5 on, as a multiple of the first: {costs}")
+        if found.get("cost_per_further_passage"):
+            costs = ", ".join(f"{cost:.3f}" for cost in found["cost_per_further_passage"])
+            lines.append(f"cost of a further passage between these K, as multiples of the mean: {costs}")
         for side, missing in found["missing"].items():
             lines += [f"scaling with {series}: no {side} at {size}: {reason}" for size, reason in missing.items()]
     return lines

@@ -73,6 +73,7 @@ def test_series_have_points_and_exponents(measured):
     at_5, at_8 = scaling["k"]["cost_per_passage"]
     assert at_5 == 1.0
     assert at_8 > 0
+    assert scaling["k"]["cost_per_further_passage"] == [1.0]  # between 5 and 8 alone: its own mean
     assert "scaling with k, ours: 1: " in (measured / "results.md").read_text(encoding="utf-8")
 
 
