@@ -67,9 +67,12 @@ def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | Non
         raise ConfigError("data.test: expected a question file, came none, and the checkpoint's run names none")
     source = model.retriever_source
     passages, snapshot = config.data.passages, config.index.snapshot
+    own_index = config.index.factory is None or config.index.sharded  # whose vectors are divided
+    if config.index.factory is None:
+        config.index.factory = "exact"  # what is built where no snapshot serves
     if passages is None and source is not None:
         passages = source.passages
-        snapshot = snapshot if snapshot is not None else source.snapshot
+        snapshot = source.snapshot if own_index and snapshot is None else snapshot
     elif passages is None and run_config is not None:
         passages = run_config.data.passages
     train = config.data.train

@@ -102,10 +102,8 @@ class FaissIndex:
             raw = faiss.index_factory(int(vectors_ND.shape[1]), factory, kind)
         except RuntimeError as error:
             raise _refused(factory, vectors_ND, error, "Check the string against the FAISS wiki") from error
-        for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
-            if value is not None:
-                _set_search_parameter(faiss, raw, name, value, factory)
         index = cls(raw, metric=metric, factory=factory)
+        index.set_search(nprobe=nprobe, ef_search=ef_search)
         try:
             index._train(faiss, vectors_ND, num_training_vectors, seed)
             _reserve(faiss, raw, len(vectors_ND))
@@ -114,6 +112,22 @@ class FaissIndex:
             hint = "Use fewer clusters or codes for so few vectors, or another factory"
             raise _refused(factory, vectors_ND, error, hint) from error
         return index.on_device(device)
+
+    def set_search(self, *, nprobe: int | None = None, ef_search: int | None = None) -> None:
+        """Changes how widely is searched; None leaves a setting as it is.
+
+        Args:
+            nprobe: Inverted lists visited for each query (IVF factories).
+            ef_search: Breadth of the graph search (HNSW factories).
+
+        Raises:
+            ConfigError: Below 1, or of another kind of index.
+        """
+        faiss = _import_faiss("Searching a FAISS index")
+        space = faiss.ParameterSpace() if self._gpu_resources is None else faiss.GpuParameterSpace()
+        for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
+            if value is not None:
+                _set_search_parameter(space, self._index, name, value, self.factory)
 
     @property
     def metric(self) -> Metric:
@@ -304,12 +318,12 @@ def _reserve(faiss: Any, index: Any, num_vectors: int) -> None:
         index.codes.resize(0)  # which keeps the room
 
 
-def _set_search_parameter(faiss: Any, index: Any, name: str, value: int, factory: str) -> None:
+def _set_search_parameter(space: Any, index: Any, name: str, value: int, factory: str) -> None:
     ours = {"nprobe": "nprobe", "efSearch": "ef_search"}[name]
     if value < 1:
         raise ConfigError(f"{ours}: expected at least 1, came {value}.")
     try:
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
+        space.set_index_parameter(index, name, value)
     except RuntimeError as error:
         needed = "inverted lists (IVF…)" if name == "nprobe" else "a graph (HNSW…)"
         raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 
 from rag_lightning.corpora.questions import write_predictions
 from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.staleness import index_recall
 from rag_lightning.types import Prediction
 from rag_lightning.utils import distributed
 from rag_lightning.utils.io import write_json
@@ -110,7 +111,7 @@ class OutputCallback(L.Callback):
         predictions = gathered_predictions(pl_module)
         if trainer.global_rank != 0:
             return
-        metrics = measured_by_test(trainer)
+        metrics = {**measured_by_test(trainer), **index_recall(pl_module.model, pl_module.data)}
         num_questions = len(predictions) if predictions else len(pl_module.data.questions.get("test", []))
         write_json(self.directory / "metrics.json", {**metrics, "num_questions": num_questions})
         if predictions:

@@ -14,6 +14,7 @@ from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.encoders.bi_encoder import BiEncoder
 from rag_lightning.errors import ConfigError, StaleIndexError
 from rag_lightning.index.base import Metric
+from rag_lightning.index.faiss import FaissIndex
 from rag_lightning.index.sharded import open_shard
 from rag_lightning.index.snapshot import Snapshot, SnapshotStore, open_snapshot
 from rag_lightning.index.vectors import Storage
@@ -286,6 +287,14 @@ class LiveIndex:
             metric=self.model.settings.metric,
             device=self._whole_device(),
         )
+        nprobe, ef_search = self.settings.nprobe, self.settings.ef_search
+        if isinstance(opened.index, FaissIndex):
+            opened.index.set_search(nprobe=nprobe, ef_search=ef_search)
+        elif (nprobe, ef_search) != (None, None) and not self.settings.sharded:
+            raise ConfigError(
+                f"index.snapshot={path}: expected a FAISS index, as nprobe and ef_search are about one, came exact "
+                "search. Leave them unset."
+            )
         return self.divided(opened)
 
     def divided(self, snapshot: Snapshot) -> Snapshot:

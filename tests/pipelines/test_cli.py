@@ -312,6 +312,24 @@ def test_evaluate_searches_a_snapshot_that_is_named(snapshot: Path, run_dir: Pat
     assert not (tmp_path / "index").exists(), "no index is built where one is given"
 
 
+def test_evaluate_builds_the_index_that_is_asked_for(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    """It used to search the run's own snapshot whatever index was asked for."""
+    quiet = (f"checkpoint={run_dir}", "retrieval_only=true", "trainer.enable_progress_bar=false")
+    coarse = ("index=faiss_ivf", "index.factory='IVF8,Flat'", "index.nprobe=1")
+    cli("evaluate", tmp_path / "coarse", *quiet, *coarse)
+    (snapshot,) = (tmp_path / "coarse" / "index").glob("step*")
+    assert read_json(snapshot / "manifest.json")["factory"] == "IVF8,Flat"
+    missed = measures(tmp_path / "coarse")["index_recall@3"]
+    assert 0 < missed < 1
+    ready = ("index=own", f"index.snapshot={snapshot}", "index.nprobe=8")
+    cli("evaluate", tmp_path / "all_lists", *quiet, *ready)
+    assert measures(tmp_path / "all_lists")["index_recall@3"] == 1, "the ready snapshot is searched as widely as asked"
+    cli("evaluate", tmp_path / "own", *quiet)
+    assert "index_recall@3" not in measures(tmp_path / "own"), "exact search misses nothing"
+    message = refusal(cli, tmp_path / "exact", "evaluate", *quiet, "index.nprobe=8")
+    assert "expected a FAISS index, as nprobe and ef_search are about one, came exact search" in message
+
+
 # ---------------------------------------------------------------------- bad input: one clear line, nothing more
 
 
