@@ -45,6 +45,8 @@ def run(config: DictConfig) -> float | None:
         torch.set_float32_matmul_precision(config.matmul_precision)
     if config.get("curriculum") is not None and not has_heads(config):
         raise ConfigError("curriculum: expected tasks to walk over, got none. Choose them, as task=multitask.")
+    if config.index.factory is None:
+        raise ConfigError("index.factory: expected exact or a FAISS factory, came none: index=own is for evaluate.")
     train = _train_heads if has_heads(config) else _train_rag
     trainer = train(config, folder, checkpoint)
     if trainer.is_global_zero:

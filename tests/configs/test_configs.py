@@ -6,6 +6,7 @@ as far as they can be without one, and must fail for that reason alone.
 
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -70,7 +71,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 176
+NUM_FILES = 182
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -357,6 +358,9 @@ def check_data(name: str, compose: Compose, tiny_overrides: Any) -> None:
 
 
 def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    if name == "own":  # of evaluate: tests/pipelines/test_cli.py
+        assert compose("evaluate", "checkpoint=RUN").index.factory is None
+        return
     config = compose("train", *tiny_overrides("index", name))
     _, data, _ = built(config)
     settings = dict(config.index.items())
@@ -642,6 +646,9 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
         assert dict(whole.hydra.sweeper.params) == {"seed": "0,1,2", "objective": "closed_book,rag_token"}
         assert whole.data.validation is None
         return
+    if name in {"reproduce/passages", "reproduce/hot_swap", "reproduce/index"}:
+        check_evaluations(name, compose)
+        return
     whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
     params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
     params = {key: values[:1] if key == "seed" else values for key, values in params.items()}
@@ -658,6 +665,32 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
     if name == "quickstart":
         assert whole.hydra.sweep.dir == "outputs/quickstart"
         assert folders == {"closed_book", "frozen", "joint", "joint_reindex"}
+    if name == "reproduce/table6":
+        rows = itertools.product(("rag_token", "rag_sequence"), ("bm25", "frozen", "joint"))
+        assert folders == {f"row={objective}_{retriever},seed=0" for objective, retriever in rows}
+
+
+def check_evaluations(name: str, compose: Compose) -> None:
+    """A sweep of ``evaluate``: every job resolves, to a run of sweep=reproduce/table6 and to a folder of its own."""
+    whole = compose("evaluate", f"sweep={name}", with_hydra=True)
+    params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
+    folders, trained = set(), set()
+    for values in itertools.product(*params.values()):
+        chosen = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        job = compose("evaluate", f"sweep={name}", *chosen, "paths.run_dir=DIR", with_hydra=True)
+        folders.add(job.hydra.sweep.subdir)
+        del job.hydra
+        OmegaConf.resolve(job)
+        trained.add(job.checkpoint)
+        if name == "reproduce/index":
+            factory, settings = job.index.factory, {key: job.index[key] for key in ("nprobe", "ef_search")}
+            index = build_index(
+                torch.randn(2600, 8, generator=torch.Generator().manual_seed(0)), factory=factory, **settings
+            )
+            assert index.num_vectors == 2600
+    assert len(folders) == math.prod(len(values) for values in params.values())
+    rows = ("rag_token_joint", "rag_sequence_joint") if name == "reproduce/passages" else ("rag_token_joint",)
+    assert trained == {f"outputs/reproduce/table6/row={row},seed={seed}" for row in rows for seed in range(3)}
 
 
 GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {

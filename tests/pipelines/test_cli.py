@@ -312,7 +312,9 @@ def test_evaluate_searches_a_snapshot_that_is_named(snapshot: Path, run_dir: Pat
     assert not (tmp_path / "index").exists(), "no index is built where one is given"
 
 
-def test_evaluate_builds_the_index_that_is_asked_for(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+def test_evaluate_builds_the_index_that_is_asked_for(
+    run_dir: Path, cli: Cli, tiny_train: list[str], tmp_path: Path
+) -> None:
     """It used to search the run's own snapshot whatever index was asked for."""
     quiet = (f"checkpoint={run_dir}", "retrieval_only=true", "trainer.enable_progress_bar=false")
     coarse = ("index=faiss_ivf", "index.factory='IVF8,Flat'", "index.nprobe=1")
@@ -328,6 +330,8 @@ def test_evaluate_builds_the_index_that_is_asked_for(run_dir: Path, cli: Cli, tm
     assert "index_recall@3" not in measures(tmp_path / "own"), "exact search misses nothing"
     message = refusal(cli, tmp_path / "exact", "evaluate", *quiet, "index.nprobe=8")
     assert "expected a FAISS index, as nprobe and ef_search are about one, came exact search" in message
+    message = refusal(cli, tmp_path / "train", "train", *tiny_train, "index=own")
+    assert "index.factory: expected exact or a FAISS factory, came none: index=own is for evaluate." in message
 
 
 # ---------------------------------------------------------------------- bad input: one clear line, nothing more
