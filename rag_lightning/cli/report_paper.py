@@ -54,7 +54,7 @@ def report_paper(config: DictConfig, folder: Path, runs: list[Run]) -> None:
     pairs = []
     if config.compare is not None:
         pairs = pairs_of(cells, list(config.compare), num_resamples=resamples, locate=located)
-    notes = notes_of(lines, pairs, runs)
+    notes = notes_of(lines, pairs, runs, table)
     sentences = pair_sentences(pairs)
     title = table.title if table is not None else str(folder)
     name = (config.paper or UNGROUPED).replace("/", "_")

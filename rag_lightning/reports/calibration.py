@@ -43,8 +43,8 @@ def reliability(
         ConfigError: No bin.
         DataError: No answer, not as many of both, or a probability outside [0, 1].
 
-    >>> reliability(np.array([0.95, 0.85, 0.15]), np.array([True, True, False]), num_bins=2).error
-    0.11666666666666668
+    >>> round(reliability(np.array([0.95, 0.85, 0.15]), np.array([True, True, False]), num_bins=2).error, 4)
+    0.1167
     """
     if num_bins < 1:
         raise ConfigError(f"num_bins: expected at least 1, got {num_bins}.")

@@ -63,7 +63,7 @@ class Line:
     """A cell beside the paper's figure, all in percent.
 
     Attributes:
-        num_wanted: How many runs there should be.
+        num_wanted: How many runs there should be; none of a row that the paper alone has.
         ours: None where none has been measured.
         published: The paper's; None where it has none.
         difference: Ours minus the paper's.
@@ -176,7 +176,11 @@ def lines_of(
         locate: See :data:`~rag_lightning.reports.scores.Locate`.
     """
     wanted = num_seeds if num_seeds is not None else max(len(cell.runs) for cell in cells)
-    return [_line(cell, table, max(wanted, len(cell.runs)), num_resamples, locate) for cell in cells]
+    lines = []
+    for cell in cells:
+        ours = table is None or cell.row in table.experiments or cell.runs
+        lines.append(_line(cell, table, max(wanted, len(cell.runs)) if ours else 0, num_resamples, locate))
+    return lines
 
 
 def pairs_of(

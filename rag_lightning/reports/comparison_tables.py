@@ -50,10 +50,8 @@ def rows_of(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             line.cell.name,
             _measured(line.cell),
             _spread(line.ours),
-            f"{len(line.cell.values)} of {line.num_wanted}"
-            if len(line.cell.values) < line.num_wanted
-            else str(line.num_wanted),
-            NOT_MEASURED if line.published is None else f"{line.published:g}",
+            _count(line),
+            _published(line.published),
             NOT_MEASURED if line.difference is None else _difference(line.difference, line.interval),
             short_commits(line.cell.runs) if line.cell.runs else NOT_MEASURED,
         )
@@ -115,7 +113,14 @@ def latex(headings: Sequence[str], rows: Sequence[Sequence[str]], *, caption: st
     """
     columns = "".join("l" if heading in LEFT else "r" for heading in headings)
     body = [f"{' & '.join(map(escaped, row))} \\\\" for row in rows]
-    below = ["\\par\\smallskip\\footnotesize " + " ".join(map(escaped, notes))] if notes else []
+    below = (
+        [
+            "\\par\\smallskip\\footnotesize "
+            + " ".join(escaped(note if note.endswith(".") else f"{note}.") for note in notes)
+        ]
+        if notes
+        else []
+    )
     return "\n".join(
         [
             "\\begin{table}",
@@ -232,6 +237,24 @@ def _spread(spread: Spread | None) -> str:
     if spread is None:
         return NOT_MEASURED
     return f"{spread.mean:.1f}" + (f" ± {spread.sd:.1f}" if spread.num_runs > 1 else "")
+
+
+def _count(line: Line) -> str:
+    if line.num_wanted == 0:  # a system of the paper's that we have no recipe for
+        return NOT_MEASURED
+    num = len(line.cell.values)
+    return str(num) if num == line.num_wanted else f"{num} of {line.num_wanted}"
+
+
+def _published(figure: float | None) -> str:
+    """Returns a paper's figure with its digits, at least one decimal.
+
+    >>> _published(44.0), _published(45.87)
+    ('44.0', '45.87')
+    """
+    if figure is None:
+        return NOT_MEASURED
+    return f"{figure:.1f}" if round(figure, 1) == figure else f"{figure:g}"
 
 
 def _difference(difference: float, interval: Interval | None) -> str:

@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rag_lightning.reports.comparison import Cell, Line, Pair
+from rag_lightning.reports.papers import PaperTable
 from rag_lightning.reports.runs import Run
 
 FEW_SEEDS = 5
 _SHOWN = 4
 
 
-def notes_of(lines: Sequence[Line], pairs: Sequence[Pair], runs: Sequence[Run]) -> list[str]:
+def notes_of(
+    lines: Sequence[Line], pairs: Sequence[Pair], runs: Sequence[Run], table: PaperTable | None = None
+) -> list[str]:
     """Returns what to write under a table.
 
     Runs of several commits or of different data, runs that are missing, left out or of another scale than the paper's,
@@ -20,10 +23,11 @@ def notes_of(lines: Sequence[Line], pairs: Sequence[Pair], runs: Sequence[Run]) 
         lines: The table's.
         pairs: Differences told below it.
         runs: All that were found, those of no line included.
+        table: The paper's; None where ours stand alone.
     """
     cells = [line.cell for line in lines]
     used = list({run.name: run for cell in cells for run in cell.runs}.values())
-    notes = [*_commits(used), *_data(cells), *_scales(used), *_missing(lines)]
+    notes = [*_commits(used), *_data(cells), *_recipes(cells, table), *_scales(used), *_missing(lines)]
     others = [run.name for run in runs if run.name not in {one.name for one in used}]
     if others:
         notes.append(f"Not in this table: {_some(others)}.")
@@ -47,6 +51,19 @@ def _data(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def _recipes(cells: Sequence[Cell], table: PaperTable | None) -> list[str]:
+    """Returns a line that names the rows whose runs are of other recipes than the paper's, and so of other data."""
+    if table is None:
+        return []
+    others = {
+        f"{cell.row}: {run.experiment or run.name}"
+        for cell in cells
+        for run in cell.runs
+        if run.experiment != table.experiments.get(cell.row)
+    }
+    return [f"Not the paper's recipe, data or size: {_some(sorted(others))}."] if others else []
+
+
 def _scales(runs: Sequence[Run]) -> list[str]:
     small = [run for run in runs if run.scale not in (None, "full")]
     if not small:
@@ -60,7 +77,9 @@ def _missing(lines: Sequence[Line]) -> list[str]:
     unfinished = [run.name for line in lines for run in line.cell.runs if run not in line.cell.measured]
     if unfinished:
         notes.append(f"Not measured, and in no mean: {_some(list(dict.fromkeys(unfinished)))}.")
-    empty = [f"{line.cell.row} ({line.cell.column.name})" for line in lines if not line.cell.runs]
+    empty = [
+        f"{line.cell.row} ({line.cell.column.name})" for line in lines if not line.cell.runs and line.num_wanted > 0
+    ]
     if empty:
         notes.append(f"Without a run: {_some(empty)}.")
     return notes

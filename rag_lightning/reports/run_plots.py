@@ -50,6 +50,7 @@ def plot_learning_curves(
         for number, seeds in enumerate(logs.values()):
             _band(axes, _shared_points([curve(log, metric) for log in seeds]), number, percent=metric != "train/loss")
         axes.set_xlabel("optimiser steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(metric if metric == "train/loss" else f"{metric} (%)", fontsize="medium")
         axes.grid(alpha=0.3)
     _legend(figure, [f"{name} (n = {len(seeds)})" for name, seeds in logs.items()])
@@ -81,6 +82,7 @@ def plot_index_age(logs: Mapping[str, Sequence[Sequence[Row]]], *, path: Path) -
         for number, group in enumerate(rows.values()):
             _by_age(axes, [(row[AGE], 100 * row[metric]) for row in group if metric in row], number)
         axes.set_xlabel("age of the index (steps)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"{metric} (%)", fontsize="medium")
         axes.grid(alpha=0.3)
     _legend(figure, list(logs))

@@ -77,7 +77,7 @@ function heatNode(item) {
     for (const value of row) {
       const cell = make("td", {}, value === null ? "–" : (100 * value).toFixed(0));
       cell.style.backgroundColor = "rgba(var(--heat), " + (value || 0) + ")";
-      if (value > 0.55) cell.style.color = "var(--paper)";
+      if (value > 0.65) cell.className = value > 0.85 ? "strong strongest" : "strong";
       line.append(cell);
     }
     table.append(line);
