@@ -24,7 +24,7 @@ EVALUATION_FILE = "evaluation.json"
 SPLITS = ("train", "validation", "test")
 
 
-def record_run(config: DictConfig, folder: Path) -> None:
+def record_run(config: DictConfig, folder: Path, *, resumed: bool) -> None:
     """Writes ``run.json`` of a training, once for all its processes.
 
     A resumed run keeps what it began with; the commit and the settings that it went on with are added.
@@ -32,11 +32,12 @@ def record_run(config: DictConfig, folder: Path) -> None:
     Args:
         config: The run's, composed.
         folder: The run's.
+        resumed: It goes on with an earlier run, whose configuration this is.
     """
     if rank_zero_only.rank != 0:
         return
     path = folder / RUN_FILE
-    if config.resume is not None and path.is_file():
+    if resumed and path.is_file():
         earlier = read_json(path)
         later = {"commit": commit(), "started": _now(), "overrides": _overrides()}
         write_json(path, {**earlier, "resumed": [*earlier.get("resumed", ()), later]})

@@ -41,7 +41,7 @@ def run(config: DictConfig) -> float | None:
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
-    record_run(config, folder)
+    record_run(config, folder, resumed=checkpoint is not None)
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
         torch.set_float32_matmul_precision(config.matmul_precision)

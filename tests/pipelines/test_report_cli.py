@@ -53,7 +53,7 @@ def test_a_run_says_what_it_was(sweep: Path, tiny_world) -> None:
 def test_a_resumed_run_keeps_what_it_began_with(cli: Cli, sweep: Path) -> None:
     folder = sweep / "seed=0"
     began = read_json(folder / "run.json")
-    cli("train", folder, f"resume='{folder}'", "trainer.max_steps=3")  # quoted, for its equals sign
+    cli("train", f"'{folder}'", f"resume='{folder}'", "trainer.max_steps=3")  # quoted: equals signs
     record = read_json(folder / "run.json")
     assert {key: record[key] for key in began} == began
     ((resumed, further),) = [later["overrides"] for later in record["resumed"]]
@@ -64,14 +64,14 @@ def test_a_resumed_run_keeps_what_it_began_with(cli: Cli, sweep: Path) -> None:
 def test_an_evaluation_says_what_it_judged(cli: Cli, sweep: Path, tmp_path: Path) -> None:
     for number in (1, 3):
         setting = [f"num_passages={number}", "trainer.enable_progress_bar=false"]
-        cli("evaluate", tmp_path / f"k={number}", f"checkpoint='{sweep / 'seed=1'}'", *setting)
+        cli("evaluate", tmp_path / f"k{number}", f"checkpoint='{sweep / 'seed=1'}'", *setting)
     runs = find_runs(tmp_path)
     assert [run.seed for run in runs] == [1, 1]
     assert len(by_signature(runs)) == 2
     assert runs[0].overrides == ("num_passages=1",)
     assert runs[0].record["checkpoint"] == str(sweep / "seed=1")
     assert runs[0].data_file("test") == runs[1].data_file("test")
-    assert "token_posteriors" not in next(read_json_lines(tmp_path / "k=1" / "predictions.jsonl"))[1]
+    assert "token_posteriors" not in next(read_json_lines(tmp_path / "k1" / "predictions.jsonl"))[1]
 
 
 def test_token_posteriors_are_refused_where_there_are_none(cli: Cli, sweep: Path, tmp_path: Path) -> None:
