@@ -37,9 +37,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the checkout's commit, with ``+`` where files differ from it; None outside a checkout."""
+    """Returns the checkout's commit, with ``+`` where files differ from it; None outside a checkout.
+
+    A package installed within another project's repository is outside: that project's commit says nothing of it.
+    """
     here = Path(__file__).parent
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name, here=here)
         head = _git("rev-parse", "HEAD", here=here)
         changed = _git("status", "--porcelain", "--untracked-files=no", here=here)
     except (OSError, subprocess.CalledProcessError):

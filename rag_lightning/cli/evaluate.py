@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from rag_lightning.cli import heads
 from rag_lightning.cli.build import bind, build_trainer, decoding_of, instantiate, load_checkpoint
 from rag_lightning.cli.build import run_config as run_config_of
 from rag_lightning.cli.prepared import ensure_prepared
+from rag_lightning.cli.record import record_evaluation
 from rag_lightning.errors import ConfigError
 from rag_lightning.rag import RagModel
 from rag_lightning.retrieval.build import RetrieverSettings, build_fusion
@@ -29,12 +31,15 @@ def run(config: DictConfig) -> None:
     ensure_prepared(run_config_of(config.checkpoint))
     model, run_config = load_checkpoint(config.checkpoint)
     apply_overrides(model, config)
+    if config.retrieval_only and config.module.token_posteriors:
+        raise ConfigError("module.token_posteriors: expected answers to tell of, got retrieval_only=true. Drop one.")
     data = build_data(config, model, run_config)
     objective = objective_of(model) if not config.retrieval_only else Contrastive()
     bind(data, model, objective)
     module = RagLightningModule(
         model=model, objective=objective, optim=OptimSettings(), learns=False, **metric_settings(config, run_config)
     )
+    record_evaluation(config, run_config, Path(config.output))
     further = [instantiate(run_config.callbacks.ranking)] if run_config is not None and _ranks(run_config) else []
     trainer = build_trainer(config, config.callbacks, further)
     trainer.test(module, datamodule=data, weights_only=True)
@@ -50,7 +55,7 @@ def apply_overrides(model: RagModel, config: DictConfig) -> None:
 
 def metric_settings(config: DictConfig, run_config: DictConfig | None) -> dict[str, Any]:
     """Returns which figures of texts to compute, and in whose language: of the command line, else the run's."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"token_posteriors": config.module.token_posteriors}
     for name in ("text_metrics", "language"):
         value = config.module[name]
         if value is None and run_config is not None:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from rag_lightning.cli.build import build_task_run, build_trainer, run_folder
+from rag_lightning.cli.build import build_task_run, build_trainer, run_config, run_folder
+from rag_lightning.cli.record import record_evaluation
 from rag_lightning.corpora.relations import marked_text
 from rag_lightning.errors import ConfigError, MissingFileError
 from rag_lightning.heads.model import CONFIG_FILE, HeadedModel
@@ -78,6 +79,7 @@ def evaluate(config: DictConfig) -> None:
     for name, splits in data.examples.items():
         if "test" not in splits:
             raise ConfigError(f"data.test: expected test examples of task {name}, came none, and its run has none")
+    record_evaluation(config, run_config(config.checkpoint), Path(config.output))
     trainer = build_trainer(config, None, [TaskOutputCallback(directory=config.output)])
     trainer.test(module, datamodule=data, weights_only=True)
     logger.info("metrics.json and predictions.jsonl are in %s", config.output)

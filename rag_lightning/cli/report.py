@@ -1,8 +1,11 @@
-"""``rag-lightning report runs=DIR [curve=SETTING]``: one table of the runs under a folder, also as ``results.json``.
+"""``rag-lightning report runs=DIR …``: tables, pictures and pages of finished runs, beside what papers report.
 
-With ``curve``, runs of a sweep that differ in their seed alone are one row, and ``curve.png`` draws the metrics.
+Without further settings one table of the runs under a folder, also as ``results.json``. With ``curve``, runs of a sweep
+that differ in their seed alone are one row, and ``curve.png`` draws the metrics. ``paper``, ``rows``, ``compare`` are
+:mod:`rag_lightning.cli.report_paper`'s, ``errors``, ``plots`` and ``page`` :mod:`rag_lightning.cli.report_answers`'.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,65 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from rag_lightning.cli.report_answers import page_of_file, report_answers
+from rag_lightning.cli.report_files import with_files
+from rag_lightning.cli.report_paper import report_paper
+from rag_lightning.errors import ConfigError
 from rag_lightning.reports.collect import collect_runs, summary
 from rag_lightning.reports.groups import by_setting, spreads
 from rag_lightning.reports.plots import plot_curve
+from rag_lightning.reports.runs import find_runs
 from rag_lightning.reports.tables import NOT_MEASURED, markdown_table, screen_table
 from rag_lightning.utils.io import write_json
 
+COMPARING = ("paper", "rows", "compare", "column", "num_seeds")
+ANSWERS = ("errors", "plots", "page")
+PLAIN = ("order", "curve")
+
 
 def run(config: DictConfig) -> None:
-    """Prints the table and writes ``results.json`` and ``results.md``."""
+    """Prints and writes what was asked for, the short table where nothing was."""
+    _check(config)
+    if config.predictions is not None:
+        page_of_file(config)
+        return
     folder = Path(config.runs)
+    if not _given(config, COMPARING) and not _given(config, ANSWERS):
+        _short(config, folder)
+        return
+    runs = [with_files(one, config) for one in find_runs(folder)]
+    if _given(config, COMPARING):
+        report_paper(config, folder, runs)
+    if _given(config, ANSWERS):
+        report_answers(config, folder, runs)
+
+
+def _check(config: DictConfig) -> None:
+    """Refuses settings that do not go together: one of them would be read and ignored."""
+    if (config.runs is None) == (config.predictions is None):
+        raise ConfigError("report: expected runs=DIR, or predictions=FILE with questions=FILE; one of them")
+    comparing, answers, plain = (_given(config, names) for names in (COMPARING, ANSWERS, PLAIN))
+    clashes = []
+    if config.predictions is not None:
+        clashes = [*comparing, *answers, *plain]
+    elif comparing or answers:
+        clashes = plain
+    elif _given(config, ("questions", "passages")):
+        raise ConfigError("questions, passages: expected errors, plots, page or paper with them, got none of these")
+    if clashes:
+        raise ConfigError(
+            f"report: {', '.join(clashes)}: ask for it in a report of its own, not with the other settings"
+        )
+    if config.output is not None and config.predictions is None:
+        raise ConfigError("output: expected predictions=FILE with it; what is told of runs is written beside them")
+
+
+def _given(config: DictConfig, names: Sequence[str]) -> list[str]:
+    return [name for name in names if config[name] not in (None, False)]
+
+
+def _short(config: DictConfig, folder: Path) -> None:
+    """Prints the short table and writes ``results.json`` and ``results.md``; or the curve."""
     runs = collect_runs(folder)
     if config.curve is not None:
         _curve(config, folder, runs)

@@ -20,6 +20,7 @@ from rag_lightning.cli.build import (
     recordable,
 )
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
+from rag_lightning.cli.record import record_run
 from rag_lightning.errors import ConfigError, MissingExtraError, MissingFileError
 from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.rag_parts import RetrieverSource
@@ -40,6 +41,7 @@ def run(config: DictConfig) -> float | None:
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
+    record_run(config, folder, resumed=checkpoint is not None)
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
         torch.set_float32_matmul_precision(config.matmul_precision)

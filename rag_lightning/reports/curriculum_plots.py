@@ -16,11 +16,8 @@ from jaxtyping import Float
 from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.methods.curriculum.graph import ActivityGraph
 from rag_lightning.methods.curriculum.walk import Step
-from rag_lightning.reports.plots import check_picture, new_figure, shortened
+from rag_lightning.reports.plots import check_picture, look, new_figure, shortened
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D00")
-LINES = ("-", "--", "-.", ":")
-MARKERS = "os^DvPX*"
 UNWALKED = "0.6"
 WALKED = "0.25"
 NODE_POINTS = (22.0, 52.0)  # diameters of the least and the most visited activity
@@ -85,22 +82,15 @@ def _window_sums(values_AS: Float[np.ndarray, "A S"], window: int) -> Float[np.n
     return np.asarray(sums_AS - earlier_AS)
 
 
-def _look(number: int) -> dict[str, Any]:
-    """Returns how an activity's line looks; no two of 32 look alike."""
-    colour = COLOURS[number % len(COLOURS)]
-    line = LINES[(number + number // len(COLOURS)) % len(LINES)]
-    return {"color": colour, "linestyle": line, "marker": MARKERS[number % len(MARKERS)]}
-
-
 def _draw_courses(axes: Any, graph: ActivityGraph, history: Sequence[Step], window: int) -> None:
     means_AS, shares_AS = moving_means(graph, history, window)
     steps = np.arange(1, len(history) + 1)
     every = max(1, len(history) // NUM_MARKERS)
     for number, name in enumerate(graph.nodes):
         offset = number * every // len(graph.nodes)  # markers of lines that lie on each other stay apart
-        look = {**_look(number), "markevery": (offset, every), "markersize": 5, "linewidth": 1.5}
-        axes[0].plot(steps, means_AS[number], label=shortened(name, 24), **look)
-        axes[1].plot(steps, 100 * shares_AS[number], **look)
+        style = {**look(number), "markevery": (offset, every), "markersize": 5, "linewidth": 1.5}
+        axes[0].plot(steps, means_AS[number], label=shortened(name, 24), **style)
+        axes[1].plot(steps, 100 * shares_AS[number], **style)
     axes[0].axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
     axes[0].set_ylabel("mean reward")
     axes[1].set_ylabel("share of steps, %")
@@ -130,7 +120,7 @@ def _draw_graph(axes: Any, graph: ActivityGraph, history: Sequence[Step]) -> Non
         share = walked.get((source, target), 0) / most
         _draw_edge(axes, places, (source, target), (sizes[source] / 2, sizes[target] / 2), share)
     for number, name in enumerate(graph.nodes):
-        axes.scatter(*places[name], s=sizes[name] ** 2, color=_look(number)["color"], edgecolors="black", zorder=3)
+        axes.scatter(*places[name], s=sizes[name] ** 2, color=look(number)["color"], edgecolors="black", zorder=3)
         _draw_name(
             axes, f"{shortened(name, 20)}\n{shares[name]:.0%}", places[name], loop=graph.digraph.has_edge(name, name)
         )

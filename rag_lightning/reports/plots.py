@@ -10,6 +10,11 @@ from rag_lightning.reports.groups import Spread
 from rag_lightning.types import Prediction
 
 MAX_TITLE_CHARACTERS = 40
+COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#000000", "#56B4E9", "#8C6D00", "#009E73", "#D55E00")
+"""Those of Okabe and Ito, which colour-blind readers tell apart; the green and the red stand last, far from each other
+in use. Line styles and markers say the same in print."""
+LINES = ("-", "--", "-.", ":")
+MARKERS = "os^DvPX*"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -32,10 +37,10 @@ def plot_curve(curves: Mapping[str, Mapping[str, Spread]], *, setting: str, path
         return
     figure = new_figure(6, 4, "drawing a curve")
     axes = figure.subplots()
-    for metric, points in curves.items():
+    for number, (metric, points) in enumerate(curves.items()):
         means = [100 * point.mean for point in points.values()]
         bars = [0.0 if math.isnan(point.sd) else 100 * point.sd for point in points.values()]
-        axes.errorbar(list(points), means, yerr=bars, marker="o", capsize=3, label=metric)
+        axes.errorbar(list(points), means, yerr=bars, capsize=3, label=metric, **look(number))
     axes.set_xlabel(setting)
     axes.set_ylabel("%")
     axes.grid(axis="y", alpha=0.3)
@@ -51,7 +56,15 @@ def _plot_bars(curves: Mapping[str, Mapping[str, Spread]], values: Sequence[str]
         places = [values.index(value) + (number - (len(curves) - 1) / 2) * thickness for value in points]
         means = [100 * point.mean for point in points.values()]
         bars = [0.0 if math.isnan(point.sd) else 100 * point.sd for point in points.values()]
-        axes.barh(places, means, height=thickness, xerr=bars, label=metric, error_kw={"elinewidth": 1, "capsize": 2})
+        axes.barh(
+            places,
+            means,
+            height=thickness,
+            xerr=bars,
+            label=metric,
+            color=COLOURS[number % len(COLOURS)],
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
     axes.set_yticks(range(len(values)), list(values), parse_math=False)
     axes.invert_yaxis()
     axes.set_ylabel(setting)
@@ -111,6 +124,12 @@ def plot_token_posteriors(prediction: Prediction, *, path: Path) -> None:
     figure.suptitle(shortened(prediction.question, int(10 * width)), fontsize="medium", parse_math=False)
     figure.colorbar(image, ax=axes, label=r"$p(z \mid x, y_{\leq t})$")
     figure.savefig(path, dpi=150)
+
+
+def look(number: int) -> dict[str, Any]:
+    """Returns how the n-th line of a picture is drawn: colour, line style and marker; no two of 32 look alike."""
+    line = LINES[(number + number // len(COLOURS)) % len(LINES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "marker": MARKERS[number % len(MARKERS)]}
 
 
 def check_picture(path: Path) -> None:

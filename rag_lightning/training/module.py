@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rag_lightning.decoding.options import DecodingMode
 from rag_lightning.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rag_lightning.generators.base import EncodedContexts
-from rag_lightning.losses.marginal import rag_token_log_likelihood
+from rag_lightning.losses.marginal import TokenPosteriorKind, rag_token_log_likelihood
 from rag_lightning.metrics.answers import AnswerMetrics
 from rag_lightning.metrics.diagnostics import DiagnosticMetrics, posterior_entropy
 from rag_lightning.metrics.passages import RetrievalMetrics, relevant_by_answer, relevant_by_gold
@@ -69,6 +69,7 @@ class RagLightningModule(L.LightningModule):
         text_metrics: Figures of longer answers beside exact match and F1, such as ``bleu`` or ``rougeL``; see
             :mod:`rag_lightning.metrics.text`.
         language: Whose normalisation compares answers: ``en`` (words) or ``zh`` (Chinese characters).
+        token_posteriors: Also keep which passage each token of the test's answers came from.
         learns: False for a module that only evaluates, whatever its model's parts.
     """
 
@@ -84,6 +85,7 @@ class RagLightningModule(L.LightningModule):
         retrieval_utility: bool = True,
         text_metrics: Sequence[str] = (),
         language: Language = "en",
+        token_posteriors: bool = False,
         learns: bool = True,
     ) -> None:
         super().__init__()
@@ -96,10 +98,13 @@ class RagLightningModule(L.LightningModule):
         self.generate_in_validation = generate_in_validation
         self.retrieval_utility = retrieval_utility
         self.language: Language = language
+        self.token_posteriors = token_posteriors
         parts = {*modules_of(model), *(() if model.encoder is None else ("passage_encoder",))}  # which may be shared
         wanted = [part for part in objective.trains if part in parts]
         self.trained = optim.trained_parts(wanted) if learns else ()
         check_fits(model)
+        if token_posteriors:
+            check_tells_tokens(model)
         if learns:
             check_teaches(model, objective, self.trained)
             freeze_all_but(model, self.trained)
@@ -293,8 +298,17 @@ class RagLightningModule(L.LightningModule):
         decoding: DecodingMode | None = None if outcome.doc_scores_BK.shape[1] > 1 else "rag_token"
         encoded = self._encoded_for_answers(outcome, batch)
         decoded = self.model.decode(encoded, outcome.doc_scores_BK, decoding=decoding, rng=self._rng)
+        kind: TokenPosteriorKind | None = None
+        if self.token_posteriors and self.trainer.testing:
+            kind = "rag_token" if self.model.settings.decoding == "rag_token" else "rag_sequence"
         predictions = self.model.predictions(
-            batch.questions, decoded, encoded, outcome.doc_scores_BK, outcome.hits, self.data.retriever
+            batch.questions,
+            decoded,
+            encoded,
+            outcome.doc_scores_BK,
+            outcome.hits,
+            self.data.retriever,
+            posterior_kind=kind,
         )
         chosen = [predictions[row] for row in real]
         self.predictions += chosen
@@ -406,6 +420,21 @@ def check_fits(model: RagModel) -> None:
         raise ConfigError(
             f"model.prompt.max_tokens={model.prompt.max_tokens}: expected at most {room}, as the generator has "
             f"{positions} positions" + (f", {answer} of them for the answer" if room != positions else "")
+        )
+
+
+def check_tells_tokens(model: RagModel) -> None:
+    """Refuses to ask which passage each token came from where passages are not read apart.
+
+    Raises:
+        ConfigError: A closed-book model, or one that reads all passages at once.
+    """
+    decoding = model.settings.decoding
+    if model.settings.num_passages == 0 or decoding in ("fid", "stuffed"):
+        came = "a closed-book model" if model.settings.num_passages == 0 else f"decoding.mode={decoding}"
+        raise ConfigError(
+            f"module.token_posteriors: expected a model that reads its passages apart (rag_token, rag_sequence), came "
+            f"{came}. Leave it out."
         )
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from rag_lightning.errors import ConfigError, DataError, MissingExtraError
 from rag_lightning.methods.curriculum import ActivityGraph, Exp3Policy, Step, Walk
-from rag_lightning.reports.curriculum_plots import _look, moving_means, plot_walk
+from rag_lightning.reports.curriculum_plots import moving_means, plot_walk
+from rag_lightning.reports.plots import look
 
 GRAPH = ActivityGraph.from_dict({"nodes": dict.fromkeys(("answers", "the $um of $ all titles", "masking", "never"))})
 HISTORY = [Step(("answers", "the $um of $ all titles", "masking")[step % 3], 0.1 * step) for step in range(30)]
@@ -47,7 +48,7 @@ def test_moving_means_are_those_of_a_loop() -> None:
 
 
 def test_no_two_activities_look_alike() -> None:
-    looks = [tuple(sorted(_look(number).items())) for number in range(32)]
+    looks = [tuple(sorted(look(number).items())) for number in range(32)]
     assert len(set(looks)) == 32
 
 

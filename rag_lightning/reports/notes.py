@@ -1,0 +1,137 @@
+"""What a reader of a table must know before believing it, a line each."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rag_lightning.reports.comparison import Cell, Line, Pair
+from rag_lightning.reports.papers import PaperTable
+from rag_lightning.reports.runs import Run
+
+FEW_SEEDS = 5
+_SHOWN = 4
+
+
+def notes_of(
+    lines: Sequence[Line], pairs: Sequence[Pair], runs: Sequence[Run], table: PaperTable | None = None
+) -> list[str]:
+    """Returns what to write under a table.
+
+    Runs of several commits or of different data, runs that are missing, left out or of another scale than the paper's,
+    and how intervals were drawn.
+
+    Args:
+        lines: The table's.
+        pairs: Differences told below it.
+        runs: All that were found, those of no line included.
+        table: The paper's; None where ours stand alone.
+    """
+    cells = [line.cell for line in lines]
+    used = list({run.name: run for cell in cells for run in cell.runs}.values())
+    notes = [*_commits(used), *_data(cells), *_recipes(cells, table), *_scales(used), *_missing(lines)]
+    others = [run.name for run in runs if run.name not in {one.name for one in used}]
+    if others:
+        notes.append(f"Not in this table: {_some(others)}.")
+    return [*notes, *_intervals(lines, pairs)]
+
+
+def _commits(runs: Sequence[Run]) -> list[str]:
+    notes = _differing("commits", runs, lambda run: _short(run.commit))
+    if any("+" in (run.commit or "") for run in runs):
+        notes.append("A + behind a commit: files differed from it.")
+    return notes
+
+
+def _data(cells: Sequence[Cell]) -> list[str]:
+    """Returns a line for each column whose runs read different files, told by their hash."""
+    notes = []
+    for column in dict.fromkeys(cell.column.name for cell in cells):
+        runs = [run for cell in cells if cell.column.name == column for run in cell.runs]
+        for name in ("test", "validation", "train", "passages"):
+            notes += _differing(f"{name} data in {column}", runs, lambda run, name=name: _fingerprint(run, name))
+    return list(dict.fromkeys(notes))
+
+
+def _recipes(cells: Sequence[Cell], table: PaperTable | None) -> list[str]:
+    """Returns a line that names the rows whose runs are of other recipes than the paper's, and so of other data."""
+    if table is None:
+        return []
+    others = {
+        f"{cell.row}: {run.experiment or run.name}"
+        for cell in cells
+        for run in cell.runs
+        if run.experiment != table.experiments.get(cell.row)
+    }
+    return [f"Not the paper's recipe, data or size: {_some(sorted(others))}."] if others else []
+
+
+def _scales(runs: Sequence[Run]) -> list[str]:
+    small = [run for run in runs if run.scale not in (None, "full")]
+    if not small:
+        return []
+    named = ", ".join(sorted({f"scale={run.scale}" for run in small}))
+    return [f"Smaller than the paper's: {named} ({_some([run.name for run in small])})."]
+
+
+def _missing(lines: Sequence[Line]) -> list[str]:
+    notes = []
+    unfinished = [run.name for line in lines for run in line.cell.runs if run not in line.cell.measured]
+    if unfinished:
+        notes.append(f"Not measured, and in no mean: {_some(list(dict.fromkeys(unfinished)))}.")
+    empty = [
+        f"{line.cell.row} ({line.cell.column.name})" for line in lines if not line.cell.runs and line.num_wanted > 0
+    ]
+    if empty:
+        notes.append(f"Without a run: {_some(empty)}.")
+    return notes
+
+
+def _intervals(lines: Sequence[Line], pairs: Sequence[Pair]) -> list[str]:
+    told = [line.drawn for line in lines] + [pair.drawn for pair in pairs]
+    drawn = [drawn for drawn in dict.fromkeys(told) if drawn]
+    if not drawn:
+        return []
+    counts = [len(line.cell.values) for line in lines if line.interval is not None]
+    counts += [min(len(pair.first.values), len(pair.second.values)) for pair in pairs if pair.interval is not None]
+    few = f"; of fewer than {FEW_SEEDS} seeds they are too narrow" if min(counts) < FEW_SEEDS else ""
+    return [f"Intervals: 95 %, percentiles of a bootstrap over {', or over '.join(drawn)}{few}."]
+
+
+def _differing(what: str, runs: Sequence[Run], tell: Callable[..., Any]) -> list[str]:
+    """Returns a line that names which runs are of which, where they are not all of one."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        told.setdefault(str(tell(run)), []).append(run.name)
+    if len(told) < 2:
+        return []
+    parts = "; ".join(f"{value}: {_some(list(dict.fromkeys(names)))}" for value, names in told.items())
+    return [f"Different {what}: {parts}."]
+
+
+def _fingerprint(run: Run, name: str) -> str:
+    """Returns the start of a file's hash; its name of a run that is older than the record."""
+    told = (run.record.get("data") or {}).get(name)
+    return (
+        f"{told['file']} #{told.get('sha256', 'unknown')[:8]}"
+        if told is not None
+        else str(run.data_file(name) or "none told")
+    )
+
+
+def _short(commit: str | None) -> str:
+    """Returns a commit as people write it.
+
+    >>> _short("0123456789abcdef+"), _short(None)
+    ('0123456+', 'no commit told')
+    """
+    if commit is None:
+        return "no commit told"
+    return ", then ".join(one[:7] + ("+" if one.endswith("+") else "") for one in commit.split(", then "))
+
+
+def short_commits(runs: Sequence[Run]) -> str:
+    """Returns the commits of some runs, each once."""
+    return ", ".join(dict.fromkeys(_short(run.commit) for run in runs))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
