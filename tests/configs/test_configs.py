@@ -280,11 +280,17 @@ def check_predict(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None
 
 def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     config = compose("report", "runs=outputs/x", "order=[b,a]")
-    assert OmegaConf.to_container(config, resolve=True) == {
+    told = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(told, dict)
+    off = "curve paper rows column compare num_seeds errors plots page predictions questions passages output".split()
+    assert [told.pop(name) for name in off] == [None] * 6 + [False] * 3 + [None] * 4
+    assert told == {
         "runs": "outputs/x",
         "order": ["b", "a"],
-        "curve": None,
         "metrics": ["exact_match", "recall@1", "recall@5"],
+        "num_resamples": 2000,
+        "num_heatmaps": 3,
+        "page_passages": 10,
     }
 
 
