@@ -18,7 +18,7 @@ _CLASSES = {"s": " ", "d": "0", "w": "a", "b": "", "B": "", "S": "a", "D": "a", 
 
 
 def regex_examples(pattern: str, limit: int = MAX_EXAMPLES) -> list[str]:
-    """Returns texts that a pattern accepts whole, in the order of its alternatives; perhaps none.
+    r"""Returns texts that a pattern accepts whole, in the order of its alternatives; perhaps none.
 
     Args:
         pattern: As :func:`~rag_lightning.text.normalise.compile_answer_regex` takes it.
@@ -27,7 +27,7 @@ def regex_examples(pattern: str, limit: int = MAX_EXAMPLES) -> list[str]:
     Raises:
         DataError: The pattern is not a regular expression.
 
-    >>> regex_examples(r"Sept?(ember)?|New\\s?York")
+    >>> regex_examples(r"Sept?(ember)?|New\s?York")
     ['September', 'Sept', 'Sepember', 'Sep', 'New York', 'NewYork']
     """
     compiled = compile_answer_regex(pattern)

@@ -10,7 +10,6 @@ Lewis et al. 2020 (§3.2) use questions and answers alone, none of the passages 
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rag_lightning.corpora.generation.parts import divided_by

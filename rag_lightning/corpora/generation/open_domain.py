@@ -130,7 +130,9 @@ class OpenQuestions:
             logger.info("%d training questions left out: no text that their expressions accept is known", num_untold)
         if self.shown_first:
             counts = shown(passages, (answer for answers in texts.values() for answer in answers))
-            texts = {key: sorted(found, key=lambda text: -counts[normalise_answer(text)]) for key, found in texts.items()}
+            texts = {
+                key: sorted(found, key=lambda text: -counts[normalise_answer(text)]) for key, found in texts.items()
+            }
         questions = []
         for one in train:
             answers = texts[one.id]
@@ -152,7 +154,7 @@ def shown(passages: Iterable[Passage], answers: Iterable[str]) -> Counter[str]:
     Counter({'oz': 3, 'wizard': 1})
     """
     wanted = {normalise_answer(answer) for answer in answers} - {""}
-    lengths = sorted({length for length in map(lambda text: text.count(" ") + 1, wanted) if length <= MAX_WORDS})
+    lengths = sorted({text.count(" ") + 1 for text in wanted} & set(range(1, MAX_WORDS + 1)))
     counts: Counter[str] = Counter()
     for passage in passages:
         words = normalise_answer(f"{passage.title} {passage.text}").split()

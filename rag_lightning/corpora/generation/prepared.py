@@ -102,8 +102,9 @@ def keep(preparation: Preparation, cache_dir: str | Path) -> Path:
     """Returns a folder with ``passages.jsonl``, ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a data set.
 
     Without ``passages.jsonl`` where the data set is asked of other passages; with ``allowed.txt``, an answer on each
-    line, where only some answers are allowed (``decoding.allowed``). It is made once, whole or not at all; of several processes one makes it and the others wait. Validation and test
-    questions stand in the order of their ids' hashes, so that the first so many of them are a fair sample.
+    line, where only some answers are allowed (``decoding.allowed``). It is made once, whole or not at all; of several
+    processes one makes it and the others wait. Validation and test questions stand in the order of their ids' hashes,
+    so that the first so many of them are a fair sample.
 
     Args:
         preparation: The reader.

@@ -186,7 +186,7 @@ def _of_training_file(file: Path) -> Iterator[Asked]:
 
 
 def _passages(record: Mapping[str, Any], field: str, place: str) -> tuple[str, ...]:
-    """Returns the rows of ``psgs_w100.tsv`` that contexts name; some files give texts without a row, which name none."""
+    """Returns the rows of ``psgs_w100.tsv`` that contexts name; in some files texts have no row."""
     contexts = present(record, field, place, "a list of passages")
     ids = (str(context.get("passage_id", context.get("psg_id", ""))).removeprefix("wiki:") for context in contexts)
     return tuple(dict.fromkeys(one for one in ids if one))
