@@ -558,7 +558,7 @@ def test_further_processes_take_the_edges_that_the_first_has_measured(
 
 def test_the_ner_recipe_is_the_published_one(compose: Compose, task_overrides: list[str]) -> None:
     config = compose("train", "experiment=bert/conll2003_ner", "task.folder=D")
-    assert (config.reader.source, config.reader.max_tokens) == ("bert-base-cased", 128)
+    assert (config.reader.source, config.reader.max_tokens) == ("google-bert/bert-base-cased", 128)
     assert (config.optim.lr_reader, config.task.data.batch_size, config.trainer.max_epochs) == (2e-5, 16, 5)
     module, _, trainer = built_task(compose("train", "experiment=bert/conll2003_ner", *task_overrides))
     assert module.tasks["conll2003"].kind == "tagging"

@@ -73,6 +73,7 @@ def download(
             _transfer(file, url, part, settings.timeout_s, report)
             break
         except urllib.error.HTTPError as error:
+            error.close()  # it is a response, with a socket
             if error.code < 500 and error.code not in (408, 429):
                 said = f"HTTP {error.code} {error.reason}"
                 raise FetchError(f"{url}: expected the file, came {said}. {_HINT}") from error

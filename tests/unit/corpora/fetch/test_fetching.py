@@ -113,6 +113,7 @@ def test_without_an_etag_or_a_checksum_nothing_is_resumed(served: Served, tmp_pa
     download(RemoteFile(url=""), f"{served.url}/a.bin", tmp_path / "a.bin")
     assert served.asked == [("GET", "/a.bin", None)]
     kill_midway(served, tmp_path / "b.bin")
+    served.asked.clear()
     assert download(RemoteFile(url="", sha256=SHA256), f"{served.url}/a.bin", tmp_path / "b.bin") == SHA256
     assert served.asked == [("GET", "/a.bin", "bytes=1000-")]
 
@@ -245,6 +246,10 @@ def hub(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serv
     content = {"config.json": (b"{}", '"' + "a" * 40 + '"'), "model.safetensors": (WEIGHTS, f'"{sha256}"')}
     served.files["/api/models/own/tiny/revision/main"] = json.dumps(told).encode()
     served.headers["/api/models/own/tiny/revision/main"] = {"Content-Type": "application/json"}
+    oid = {"type": "file", "oid": "b" * 40}
+    tree = [{**oid, "path": name, "size": len(body)} for name, (body, _) in content.items()]
+    served.files[f"/api/models/own/tiny/tree/{COMMIT}"] = json.dumps(tree).encode()
+    served.headers[f"/api/models/own/tiny/tree/{COMMIT}"] = {"Content-Type": "application/json"}
     for name, (body, etag) in content.items():
         path = f"/own/tiny/resolve/{COMMIT}/{name}"
         served.files[path], served.etags[path] = body, etag
