@@ -20,6 +20,10 @@ class MissingFileError(DataError, FileNotFoundError):
     """A file or folder that was named but is not there."""
 
 
+class FetchError(RagError, OSError):
+    """A download that did not come, did not fit on the disk, or is not what was expected."""
+
+
 class StaleIndexError(RagError, ValueError):
     """An index snapshot of another encoder or of another corpus."""
 

@@ -10,10 +10,12 @@ COMMANDS = {
     "predict": "answer questions, with passages and their probabilities",
     "index": "plan, build, verify, describe or benchmark an index snapshot",
     "mine": "hard negatives for a question file",
+    "data": "fetch published data and checkpoints, or list them",
     "report": "one table of several runs",
     "benchmark": "this machine: ours, transformers' RAG and the bare models side by side",
 }
 INDEX_ACTIONS = ("plan", "build", "verify", "info", "benchmark")
+DATA_ACTIONS = ("fetch", "list")
 
 
 def main() -> None:
@@ -34,11 +36,24 @@ def main() -> None:
     rest = arguments[1:]
     if command == "index" and rest and rest[0] in INDEX_ACTIONS:
         rest = [f"action={rest[0]}", *rest[1:]]
+    if command == "data" and rest and rest[0] in DATA_ACTIONS:
+        rest = [f"action={rest[0]}", *with_names(rest[1:])]
     rest = [quoted(argument) for argument in rest]
     from rag_lightning.cli.hydra_app import run_app
 
     module = importlib.import_module(f"rag_lightning.cli.{command}")
     run_app(command, module.run, rest)
+
+
+def with_names(arguments: list[str]) -> list[str]:
+    """Returns arguments whose bare words stand together as ``names``.
+
+    >>> with_names(["nq_open", "wikipedia", "output=DIR"])
+    ['names=[nq_open,wikipedia]', 'output=DIR']
+    """
+    names = [argument for argument in arguments if "=" not in argument and not argument.startswith("-")]
+    settings = [argument for argument in arguments if argument not in names]
+    return [f"names=[{','.join(names)}]", *settings] if names else settings
 
 
 def quoted(argument: str) -> str:

@@ -60,6 +60,16 @@ def divided_by(
     return parts
 
 
+def read_passages(files: Iterable[str | Path]) -> list[Passage]:
+    """Returns the passages of several files, one after another.
+
+    Raises:
+        MissingFileError: No such file.
+        DataError: A bad line.
+    """
+    return [passage for file in files for passage in PassageCorpus.read(file)]
+
+
 def with_examples(
     passages: str,
     train: Sequence[Question],

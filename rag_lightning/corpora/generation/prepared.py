@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from rag_lightning.corpora.passages import PassageCorpus, write_passages
 from rag_lightning.corpora.questions import read_questions, write_questions
-from rag_lightning.errors import DataError
+from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.text.tokenizers import train_word_tokenizer
 from rag_lightning.types import Passage, Question
 from rag_lightning.utils.hashing import hash_file, hash_texts
@@ -25,6 +25,7 @@ from rag_lightning.utils.io import atomic_directory, existing_file
 logger = logging.getLogger(__name__)
 Split = Literal["train", "validation", "test"]
 PASSAGES = "passages.jsonl"
+ALLOWED = "allowed.txt"
 FORMAT = "prepared-2"  # raise it where a reader comes to read the same files otherwise
 
 
@@ -33,12 +34,14 @@ class PreparedData:
     """A data set in the package's own form.
 
     Attributes:
-        passages: What is searched.
+        passages: What is searched; None where that is another file, too large to be kept twice.
         questions: For each split, what is asked and what is to be written.
+        allowed: The only answers there are, such as labels; empty where answers are free.
     """
 
-    passages: Sequence[Passage]
+    passages: Sequence[Passage] | None
     questions: Mapping[Split, Sequence[Question]]
+    allowed: Sequence[str] = ()
 
 
 @runtime_checkable
@@ -60,6 +63,19 @@ class Preparation(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesFiles(Protocol):
+    """A preparation that reads files of several folders and says which."""
+
+    def files(self) -> Sequence[Path]:
+        """Returns the files that it reads.
+
+        Raises:
+            MissingFileError: One of them is missing.
+        """
+        ...
+
+
 def prepared_name(preparation: Preparation) -> str:
     """Returns the name of the folder that keeps a data set: its reader, and a hash of settings and input files.
 
@@ -72,7 +88,10 @@ def prepared_name(preparation: Preparation) -> str:
     assert is_dataclass(preparation)
     settings = {name: value for name, value in asdict(preparation).items() if name != "folder"}
     named = [Path(value) for value in settings.values() if isinstance(value, str) and Path(value).is_file()]
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if isinstance(preparation, NamesFiles):
+        files = list(preparation.files())
+    else:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     reader = type(preparation).__name__
     parts = [FORMAT, reader, json.dumps(settings, sort_keys=True, default=str)]
     parts += [text for path in [*files, *named] for text in (path.name, hash_file(path))]
@@ -82,8 +101,10 @@ def prepared_name(preparation: Preparation) -> str:
 def keep(preparation: Preparation, cache_dir: str | Path) -> Path:
     """Returns a folder with ``passages.jsonl``, ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a data set.
 
-    It is made once, whole or not at all; of several processes one makes it and the others wait. Validation and test
-    questions stand in the order of their ids' hashes, so that the first so many of them are a fair sample.
+    Without ``passages.jsonl`` where the data set is asked of other passages; with ``allowed.txt``, an answer on each
+    line, where only some answers are allowed (``decoding.allowed``). It is made once, whole or not at all; of several
+    processes one makes it and the others wait. Validation and test questions stand in the order of their ids' hashes,
+    so that the first so many of them are a fair sample.
 
     Args:
         preparation: The reader.
@@ -101,7 +122,8 @@ def keep(preparation: Preparation, cache_dir: str | Path) -> Path:
         with atomic_directory(folder) as part:
             _write(data, part, preparation.folder)
         sizes = ", ".join(f"{split} {len(questions)}" for split, questions in data.questions.items())
-        logger.info("prepared %s: %d passages; questions: %s", folder, len(data.passages), sizes)
+        num_passages = "none" if data.passages is None else len(data.passages)
+        logger.info("prepared %s: passages: %s; questions: %s", folder, num_passages, sizes)
     return folder
 
 
@@ -114,8 +136,12 @@ def _write(data: PreparedData, folder: Path, source: str) -> None:
     for split in get_args(Split):
         if not data.questions.get(split):
             raise DataError(f"{source}: expected questions in each split, came none to {split}. Give more data.")
-    corpus = PassageCorpus.from_passages(data.passages, source=source)  # refuses repeated ids and empty texts
-    write_passages(folder / PASSAGES, data.passages)
+    corpus = None
+    if data.passages is not None:
+        corpus = PassageCorpus.from_passages(data.passages, source=source)  # refuses repeated ids and empty texts
+        write_passages(folder / PASSAGES, data.passages)
+    if data.allowed:
+        (folder / ALLOWED).write_text("".join(f"{answer}\n" for answer in data.allowed), encoding="utf-8")
     for split, questions in data.questions.items():
         if split != "train":  # the first so many of them are a sample, whatever the data set's own order
             questions = sorted(questions, key=lambda question: hash_texts([question.id]))
@@ -135,8 +161,15 @@ def keep_tokenizer(prepared: Path, *, vocab_size: int, lowercase: bool) -> Path:
         lowercase: Whether case is dropped.
 
     Raises:
-        ConfigError: ``vocab_size`` is too small for the characters of the texts.
+        ConfigError: ``vocab_size`` is too small for the characters of the texts, or the data set has no passages of
+            its own to learn from.
     """
+    if not (prepared / PASSAGES).is_file():
+        raise ConfigError(
+            f"task.vocabulary: expected passages among the prepared files to learn a vocabulary from, found none in "
+            f"{prepared}. Name some (task.prepare.passages), or leave out the vocabulary of one's own "
+            "(task.vocabulary=null, with a generator and an encoder that bring theirs)."
+        )
     folder = prepared.with_name(f"{prepared.name}-tokenizer-{vocab_size}{'-lowercase' if lowercase else ''}")
     with _one_at_a_time(folder):
         if not folder.is_dir():

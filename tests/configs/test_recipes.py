@@ -1,0 +1,217 @@
+"""Recipes of papers: every row composes with every column, builds and runs at both sizes with tiny models."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from rag_lightning.cli.prepared import with_prepared
+from rag_lightning.corpora.fetch.sources import read_sources
+from rag_lightning.corpora.questions import read_questions
+from rag_lightning.utils.io import read_json
+from tests.labelled_files import write_labelled
+from tests.recipe_files import NUMBER, write_published, write_samples
+
+CONF = conf_dir()
+QA = ("nq", "triviaqa", "webquestions", "curatedtrec")
+TEXTS = ("jeopardy", "msmarco", "fever3", "fever2")
+COLUMNS = {
+    "rag/table1_rag_token": QA,
+    "rag/table1_rag_sequence": QA,
+    "rag/table2_bart": TEXTS,
+    "rag/table2_rag_token": TEXTS,
+    "rag/table2_rag_sequence": TEXTS,
+    **{
+        f"rag/table6_rag_{kind}{way}": (*QA, *TEXTS)
+        for kind in ("token", "sequence")
+        for way in ("", "_frozen", "_bm25")
+    },
+    "rag/hotswap": ("nq", "squad_open"),
+    "rag_end2end/squad_original": ("squad_open",),
+    "rag_end2end/squad_end2end": ("squad_open",),
+    "realm/ict": ("nq",),
+    "realm/fresh": ("nq",),
+    "realm/stale": ("nq",),
+    "realm/finetune": ("nq", "webquestions", "curatedtrec"),
+    "fid/base": ("nq", "triviaqa"),
+    "fid/large": ("nq", "triviaqa"),
+    "atlas/nq_64_shot": ("nq",),
+    "dpr/single_nq": ("nq_gold",),
+    "dpr/single_nq_mined_negatives": ("nq_gold",),
+}
+HEADS = ("bert/conll2003_ner",)
+NUM_RECIPES = 24
+NUM_PAIRS = 85  # rows with each of their columns
+PAIRS = [(row, column) for row, columns in COLUMNS.items() for column in columns]
+DATASETS = sorted({column for _, column in PAIRS})
+PAPERS = ("rag", "rag_end2end", "realm", "fid", "atlas", "dpr", "bert")
+
+
+def header(row: str) -> str:
+    text = (CONF / "experiment" / f"{row}.yaml").read_text(encoding="utf-8")
+    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
+
+
+def compose(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("train", list(overrides))
+
+
+def test_the_recipes_are_all_here() -> None:
+    files = {path.relative_to(CONF / "experiment").with_suffix("").as_posix()
+             for paper in PAPERS for path in (CONF / "experiment" / paper).glob("*.yaml")}  # fmt: skip
+    assert files == {*COLUMNS, *HEADS}
+    assert len(files) == NUM_RECIPES
+    assert len(PAIRS) == NUM_PAIRS
+    published = {path.stem for path in (CONF / "dataset").glob("*.yaml")} - {"base"}
+    assert published == set(DATASETS)
+    samples = {path.stem.removeprefix("mini_") for path in (CONF / "dataset" / "sample").glob("mini_*.yaml")}
+    assert samples == published - {"msmarco"}, "nothing of MS-MARCO is small and at hand"
+    rows = {path.relative_to(CONF / "scale" / "rows").with_suffix("").as_posix().removeprefix("mini_")
+            for path in (CONF / "scale" / "rows").rglob("*.yaml")}  # fmt: skip
+    assert rows <= files
+
+
+@pytest.mark.parametrize("row", [*COLUMNS, *HEADS])
+def test_a_header_tells_what_a_reader_needs(row: str) -> None:
+    text = header(row)
+    assert f"rag-lightning train experiment={row}" in text
+    assert "scale=mini" in text
+    assert "Expected" in text
+    assert re.search(r"Hardware: |\.yaml", text), "of its own, or the file that tells"
+    assert re.search(r"rag-lightning data fetch \w|\.yaml", text)
+    known = read_sources(hydra_sources())
+    for command in re.findall(r"rag-lightning data fetch (.*?) output=", text):
+        assert set(command.split()) <= set(known)
+
+
+def hydra_sources() -> Any:
+    return OmegaConf.to_container(OmegaConf.load(CONF / "data.yaml").sources)
+
+
+def test_every_source_is_well_formed() -> None:
+    sources = read_sources(hydra_sources())
+    named = "nq_open triviaqa webquestions curatedtrec msmarco fever searchqa wikipedia conll2003"
+    assert set(named.split()) <= set(sources)
+    assert all(source.about for source in sources.values())
+
+
+@pytest.mark.parametrize(("row", "column"), PAIRS)
+def test_every_row_composes_with_its_columns(row: str, column: str) -> None:
+    """The paper's size names the paper's parts and the column's data; the small size names none that is downloaded."""
+    paper = compose(f"experiment={row}", f"dataset={column}", "task.folder=D")
+    mini = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", "scale=mini")
+    assert paper.run_name == mini.run_name == row.replace("/", "_")
+    assert paper.trainer.accelerator == "gpu"
+    assert paper.trainer.devices > 1 or row == "realm/finetune"
+    assert "/" in str(paper.generator.source)
+    assert paper.data.batch_size > mini.data.batch_size or row.startswith("rag_end2end")
+    assert (mini.trainer.accelerator, mini.trainer.max_steps, mini.encoder.source) == ("cpu", 60, "minilm")
+    assert mini.generator._target_.endswith("from_config")
+    assert mini.index.factory == "exact"
+    assert paper.model.objective == mini.model.objective
+    assert (paper.model.num_passages == 0) == (mini.model.num_passages == 0) == (row == "rag/table2_bart")
+    sequence = paper.model.objective == "rag_sequence"
+    if column in ("jeopardy", "msmarco"):
+        assert paper.decoding.mode == mini.decoding.mode == ("rag_sequence_fast" if sequence else "rag_token")
+        assert paper.decoding.num_beams == 4
+    stays = row.endswith(("_frozen", "_bm25")) or row.startswith("fid/")
+    assert paper.optim.train_query_encoder == mini.optim.train_query_encoder == (not stays)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("recipes")
+    write_labelled(root / "mini")
+    return {"paper": write_published(root / "paper"), "mini": write_samples(root / "mini")}
+
+
+@pytest.mark.parametrize("scale", ["paper", "mini"])
+@pytest.mark.parametrize("column", DATASETS)
+def test_every_column_is_prepared_at_both_sizes(
+    column: str, scale: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    if (column, scale) == ("msmarco", "mini"):
+        pytest.skip("nothing of MS-MARCO is small and at hand")
+    row = next(row for row, one in PAIRS if one == column)
+    chosen = (f"experiment={row}", f"dataset={column}", f"scale={scale}", f"task.folder={folders[scale]}")
+    config = with_prepared(compose(*chosen, f"paths.cache_dir={tmp_path}"))
+    assert Path(config.data.passages).is_file()
+    train, test = (read_questions(config.data[split]) for split in ("train", "test"))
+    assert read_questions(config.task.prepared + "/validation.jsonl")
+    assert all(question.answers for question in train)
+    if column in ("nq", "webquestions"):
+        assert all(len(question.answers) == 1 for question in train), "each answer is an example of its own"
+    if column == "nq" and scale == "mini":
+        assert not [question for question in train if "known" in question.question], "the development set's"
+        assert test[0].positive_passage_ids
+    if column == "curatedtrec":
+        assert all(question.answer_regex is not None and not question.answers for question in test)
+        assert train[0].answers[0].startswith("Maker")
+    if column.startswith("fever"):
+        words = {question.answers[0] for question in [*train, *test]}
+        allowed = Path(config.decoding.allowed).read_text().split()
+        assert words <= set(allowed)
+        assert allowed == ["true", "false", "unknown"][: 3 if column == "fever3" else 2]
+    if column == "nq_gold":
+        assert (
+            all(question.positive_passage_ids and question.negative_passage_ids for question in train)
+            or scale == "mini"
+        )
+    assert len(test) == {"fever2": 27, "msmarco": NUMBER - 1}.get(column, NUMBER) or column == "jeopardy"
+
+
+TINY = "d_model=16 encoder_layers=1 decoder_layers=1 encoder_attention_heads=2 decoder_attention_heads=2"
+TINY += " encoder_ffn_dim=24 decoder_ffn_dim=24"
+# one column of each row runs, in turn
+SMALL = {row: [column for column in columns if column != "msmarco"] for row, columns in COLUMNS.items()}
+RUNS = [(row, columns[number % len(columns)]) for number, (row, columns) in enumerate(SMALL.items())]
+
+
+@pytest.mark.parametrize(("row", "column"), RUNS)
+def test_every_row_runs(row: str, column: str, folders: dict[str, Path], cli: Any, tmp_path: Path) -> None:
+    if row.endswith("_bm25"):
+        pytest.importorskip("bm25s", reason="needs the extra bm25")
+    small = [f"task.folder={folders['mini']}", f"paths.cache_dir={tmp_path / 'cache'}", "scale=mini"]
+    small += [f"generator.settings.{one}" for one in TINY.split()]
+    small += "encoder=own_vocabulary encoder.settings.hidden_size=16 model.num_passages=2 data.batch_size=4".split()
+    if row == "rag/table2_bart":
+        small.remove("model.num_passages=2")
+    small += "trainer.enable_progress_bar=false trainer.max_steps=2 trainer.val_check_interval=2".split()
+    small += "trainer.limit_test_batches=1 data.limit_validation=4 data.eval_batch_size=4".split()
+    if row.startswith("dpr/"):
+        small.append(f"data.train={folders['mini'] / 'squad_open' / 'train.jsonl.gz'}")
+    if row == "rag_end2end/squad_end2end":
+        small.append("reindex.schedule=1")
+    cli("train", tmp_path / "run", f"experiment={row}", f"dataset={column}", *small)
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    wanted = "bleu1" if column == "jeopardy" else "exact_match"
+    assert wanted in metrics or row.startswith(("dpr/", "realm/ict"))
+    assert (tmp_path / "run" / "model").is_dir()
+    if row == "rag_end2end/squad_end2end":
+        assert len(list((tmp_path / "run" / "index").glob("step*"))) > 1
+
+
+def test_the_tagging_recipe_runs_small_on_other_data(
+    folders: dict[str, Path], cli: Any, tmp_path: Path, tiny_world: Any
+) -> None:
+    words = PreTrainedTokenizerFast.from_pretrained(tiny_world.tokenizer)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(**size, vocab_size=len(words), max_position_embeddings=80)).save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    small = f"task.folder={folders['mini']} reader.source={tmp_path / 'bert'} reader.max_tokens=32 trainer.max_steps=2"
+    small += " task.data.allow_unknown=true trainer.enable_progress_bar=false trainer.val_check_interval=2"
+    cli("train", tmp_path / "run", "experiment=bert/conll2003_ner", "scale=mini", *small.split())
+    assert read_json(tmp_path / "run" / "metrics.json")
+
+
+def test_what_has_no_small_form_says_what_is_missing(folders: dict[str, Path], cli: Any, tmp_path: Path) -> None:
+    chosen = ("experiment=rag/table2_rag_token", "dataset=msmarco", "scale=mini", f"task.folder={folders['mini']}")
+    with pytest.raises(SystemExit, match="msmarco"):
+        cli("train", tmp_path / "run", *chosen, f"paths.cache_dir={tmp_path}")
