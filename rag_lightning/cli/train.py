@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.cli.build import (
@@ -28,6 +29,8 @@ from rag_lightning.reports.curriculum_plots import plot_walk
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.study import PruningCallback
+from rag_lightning.training.tracking import TrackingCallback
+from rag_lightning.training.tracking.base import TRACKING_FILE
 from rag_lightning.utils.io import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ def run(config: DictConfig) -> float | None:
     config = with_prepared(config, resumed=checkpoint is not None) if prepares(config) else config
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and rank_zero_only.rank == 0:
+        (folder / TRACKING_FILE).unlink(missing_ok=True)  # another run's, whose folder this one takes
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
     L.seed_everything(config.seed, verbose=False)
     if config.matmul_precision is not None:
@@ -52,6 +57,9 @@ def run(config: DictConfig) -> float | None:
     trainer = train(config, folder, checkpoint, fitted)
     if trainer.is_global_zero:
         _record_seconds(folder, time.perf_counter() - start)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrackingCallback):
+                callback.finish(folder)
     return _sweep_metric(trainer, config, fitted)
 
 
@@ -160,6 +168,7 @@ def _resumed(config: DictConfig) -> tuple[DictConfig, Path]:
     assert isinstance(earlier, DictConfig)
     merged = OmegaConf.merge(earlier, OmegaConf.from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
+    merged.resume = str(folder)  # which its loggers ask
     return merged, checkpoint
 
 

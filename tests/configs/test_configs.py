@@ -73,7 +73,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 183
+NUM_FILES = 185
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -122,6 +122,8 @@ EXTRAS = {
     "hydra/launcher/workers": "hydra_plugins.hydra_joblib_launcher",
     "logger/wandb": "wandb",
     "logger/tensorboard": "tensorboard",
+    "logger/csv_tensorboard": "tensorboard",
+    "logger/mlflow": "mlflow",
 }
 
 
