@@ -40,6 +40,10 @@ class NonFiniteLossError(RagError, FloatingPointError):
     """A loss that is NaN or infinite; names the step and the questions of the batch."""
 
 
+class JobFailedError(RagError, RuntimeError):
+    """A job of a sweep that failed, or a sweep with such jobs: plain text, which any launcher carries home."""
+
+
 class MissingExtraError(RagError, ImportError):
     """An optional dependency is not installed.
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -268,16 +269,29 @@ def _wait_for(path: Path, minutes: float = 30.0) -> None:
 def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Sequence[L.Callback] = ()) -> L.Trainer:
     """Builds the trainer with its logger and callbacks; batches are divided among processes by our loader."""
     chosen = [*further, *(instantiate(entry) for entry in (callbacks or {}).values() if entry is not None)]
-    chosen.append(TrackingCallback(config=recordable(config)))
+    tracking = plain(config.tracking) if "tracking" in config else {}
+    chosen.append(TrackingCallback(config=recordable(config), **tracking))
     if not config.trainer.enable_progress_bar:
         chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
-    tracker = instantiate(config.logger) if config.get("logger") is not None else False
-    fixed: dict[str, Any] = {"callbacks": chosen, "logger": tracker, "use_distributed_sampler": False}
+    fixed: dict[str, Any] = {
+        "callbacks": chosen,
+        "logger": build_loggers(config) or False,
+        "use_distributed_sampler": False,
+    }
     if config.data.validation is None and not has_heads(config):
         fixed["limit_val_batches"] = 0  # Lightning would warn of a validation without batches
     check_validation_interval(config.trainer.val_check_interval, config.trainer.accumulate_grad_batches)
     trainer: L.Trainer = instantiate(config.trainer, **fixed)
     return trainer
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """Builds the logger, or all of a file with several, each under a name, as ``logger=csv_tensorboard``."""
+    node = config.get("logger")
+    if node is None:
+        return []
+    nodes = [node] if "_target_" in node else [entry for entry in node.values() if entry is not None]
+    return [instantiate(entry) for entry in nodes]
 
 
 def check_validation_interval(val_check_interval: float | None, accumulate_grad_batches: int) -> None:

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.cli.build import (
@@ -21,12 +22,16 @@ from rag_lightning.cli.build import (
 )
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
 from rag_lightning.cli.record import record_run
+from rag_lightning.cli.sweeping.job import job_folder
 from rag_lightning.errors import ConfigError, MissingExtraError, MissingFileError
 from rag_lightning.methods.curriculum.walk import Walk
 from rag_lightning.rag_parts import RetrieverSource
 from rag_lightning.reports.curriculum_plots import plot_walk
 from rag_lightning.training.datamodule import RagDataModule
 from rag_lightning.training.module import RagLightningModule
+from rag_lightning.training.study import PruningCallback
+from rag_lightning.training.tracking import TrackingCallback
+from rag_lightning.training.tracking.base import TRACKING_FILE
 from rag_lightning.utils.io import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -40,6 +45,8 @@ def run(config: DictConfig) -> float | None:
     config = with_prepared(config, resumed=checkpoint is not None) if prepares(config) else config
     folder = Path(config.paths.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and rank_zero_only.rank == 0:
+        (folder / TRACKING_FILE).unlink(missing_ok=True)  # another run's, whose folder this one takes
     OmegaConf.save(OmegaConf.create(recordable(config)), folder / CONFIG_NAME)
     record_run(config, folder, resumed=checkpoint is not None)
     L.seed_everything(config.seed, verbose=False)
@@ -50,18 +57,23 @@ def run(config: DictConfig) -> float | None:
     if config.index.factory is None:
         raise ConfigError("index.factory: expected exact or a FAISS factory, came none: index=own is for evaluate.")
     train = _train_heads if has_heads(config) else _train_rag
-    trainer = train(config, folder, checkpoint)
+    fitted: dict[str, float] = {}
+    trainer = train(config, folder, checkpoint, fitted)
     if trainer.is_global_zero:
         _record_seconds(folder, time.perf_counter() - start)
-    return _sweep_metric(trainer, config)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrackingCallback):
+                callback.finish(folder)
+    return _sweep_metric(trainer, config, fitted)
 
 
-def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
+def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None, fitted: dict[str, float]) -> L.Trainer:
     module, data = build_run(config)
     if prepares(config):
         check_languages(config, module.model)
     trainer = build_trainer(config, config.callbacks)
-    _fit(trainer, module, data, folder, checkpoint)
+    if not _fit(trainer, module, data, folder, checkpoint, fitted):
+        return trainer
     if config.data.test is not None:
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer), weights_only=True)
     else:  # a saved model names the index of its passage tower as it is
@@ -71,14 +83,15 @@ def _train_rag(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.T
     return trainer
 
 
-def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None) -> L.Trainer:
+def _train_heads(config: DictConfig, folder: Path, checkpoint: Path | None, fitted: dict[str, float]) -> L.Trainer:
     check_task_choices(config, HydraConfig.get().overrides.task)
     module, data = build_task_run(config)
     walks = []
     if config.get("curriculum") is not None:
         walks.append(build_walk(config, module, data, resumed=checkpoint is not None))
     trainer = build_trainer(config, config.callbacks, walks)
-    _fit(trainer, module, data, folder, checkpoint)
+    if not _fit(trainer, module, data, folder, checkpoint, fitted):
+        return trainer
     if trainer.is_global_zero and walks:
         _draw_walk(walks[0].walk, folder / "curriculum.png")
     try:
@@ -100,13 +113,28 @@ def _draw_walk(walk: Walk, path: Path) -> None:
 
 
 def _fit(
-    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: Path, checkpoint: Path | None
-) -> None:
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    folder: Path,
+    checkpoint: Path | None,
+    fitted: dict[str, float],
+) -> bool:
+    """Fits, and keeps what was measured in ``fitted``, which a test overwrites; False for a run that was pruned."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         logger.info("interrupted; resume with: rag-lightning train resume=%s", folder)
         raise
+    fitted.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            fitted[callback.monitor] = float(callback.best_model_score)  # what is tested, not what came last
+    if any(isinstance(callback, PruningCallback) and callback.pruned for callback in callbacks):
+        logger.info("pruned at step %d: other runs of the sweep were better; it is not tested", trainer.global_step)
+        return False
+    return True
 
 
 def save_model(module: RagLightningModule, data: RagDataModule, folder: Path) -> None:
@@ -132,6 +160,8 @@ def _resumed(config: DictConfig) -> tuple[DictConfig, Path]:
                 f"resume: expected a run folder with {path.relative_to(folder)}, found none in {folder}"
             )
     overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("resume=")]
+    if job_folder() == folder:  # a relaunched sweep, which has seen that the configuration is the run's own
+        overrides = []
     groups = [text for text in overrides if "." not in text.split("=")[0] and text.split("=")[0] not in ("seed",)]
     if groups:
         raise ConfigError(
@@ -142,6 +172,7 @@ def _resumed(config: DictConfig) -> tuple[DictConfig, Path]:
     assert isinstance(earlier, DictConfig)
     merged = OmegaConf.merge(earlier, OmegaConf.from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
+    merged.resume = str(folder)  # which its loggers ask
     return merged, checkpoint
 
 
@@ -159,13 +190,15 @@ def _record_seconds(folder: Path, seconds: float) -> None:
         write_json(path, {**read_json(path), "seconds": round(seconds, 1)})
 
 
-def _sweep_metric(trainer: L.Trainer, config: DictConfig) -> float | None:
+def _sweep_metric(trainer: L.Trainer, config: DictConfig, fitted: dict[str, float]) -> float | None:
+    """Returns what a sweep compares: of the test, or of the validation that chose the checkpoint."""
     if config.sweep_metric is None:
         return None
-    value = trainer.callback_metrics.get(config.sweep_metric)
+    measured = {**fitted, **trainer.callback_metrics}
+    if config.sweep_metric in fitted and not config.sweep_metric.startswith("test/"):
+        measured[config.sweep_metric] = fitted[config.sweep_metric]
+    value = measured.get(config.sweep_metric)
     if value is None:
-        logger.warning(
-            "sweep_metric %s was not measured; there are: %s", config.sweep_metric, ", ".join(trainer.callback_metrics)
-        )
+        logger.warning("sweep_metric %s was not measured; there are: %s", config.sweep_metric, ", ".join(measured))
         return None
     return float(value)

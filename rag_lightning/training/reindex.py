@@ -335,7 +335,9 @@ class ReindexCallback(L.Callback):
         }
         if probe is not None and before_PK is not None:
             after_PK = probe.search(data)
-            values[f"reindex/overlap@{before_PK.shape[1]}"] = float(overlap_at_k(before_PK, after_PK).mean())
+            overlap = float(overlap_at_k(before_PK, after_PK).mean())
+            values[f"reindex/overlap@{before_PK.shape[1]}"] = overlap
+            values[f"retrieval_collapse/overlap@{before_PK.shape[1]}"] = overlap  # beside the other signs
         if distributed.rank() == 0:
             data.index.collect(self.keep_last)
         self._stalls.append(time.perf_counter() - start)

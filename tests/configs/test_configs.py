@@ -49,6 +49,8 @@ from rag_lightning.cli.build import (
 )
 from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
+from rag_lightning.cli.sweeping.grid import GridSweeper
+from rag_lightning.cli.sweeping.search import SearchSweeper
 from rag_lightning.corpora.fetch.sources import read_sources
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.decoding.options import DecodingOptions
@@ -62,6 +64,7 @@ from rag_lightning.training.module import RagLightningModule
 from rag_lightning.training.objectives import KnowledgeDistillation
 from rag_lightning.training.optim import OptimSettings
 from rag_lightning.training.reindex import ReindexCallback
+from rag_lightning.training.study import PruningCallback
 from rag_lightning.training.tasks.callbacks import TaskOutputCallback
 from rag_lightning.training.tasks.data import TaskDataModule
 from rag_lightning.training.tasks.module import TaskLightningModule
@@ -72,7 +75,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 241
+NUM_FILES = 250
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -122,8 +125,12 @@ EXTRAS = {
     "retriever/hybrid_rrf": "bm25s",
     "retriever/sparse": "bm25s",
     "peft/lora": "peft",
+    "hydra/launcher/slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher/workers": "hydra_plugins.hydra_joblib_launcher",
     "logger/wandb": "wandb",
     "logger/tensorboard": "tensorboard",
+    "logger/csv_tensorboard": "tensorboard",
+    "logger/mlflow": "mlflow",
 }
 
 
@@ -681,7 +688,39 @@ def covered_elsewhere(name: str, compose: Compose, tiny_overrides: Any) -> None:
     assert name in known or name.startswith("policy/")
 
 
+def check_hydra(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    """Launchers and sweepers: those of ours that exist are named, and resources are as their files say."""
+    group, choice = name.split("/")
+    chosen = compose("train", f"hydra/{group}={choice}", with_hydra=True).hydra[group]
+    if group == "sweeper":
+        sweeper = {"grid": GridSweeper, "search": SearchSweeper}[choice]
+        assert chosen._target_ == f"hydra_plugins.rag_lightning.{sweeper.__name__}"
+        settings = {key: value for key, value in chosen.items() if key != "_target_"}
+        defaults = inspect.signature(sweeper).parameters
+        assert settings == {key: one.default for key, one in defaults.items()}, "file and class have the same defaults"
+    elif choice == "workers":
+        assert (chosen.n_jobs, chosen.pre_dispatch, chosen.batch_size) == (2, "n_jobs", "1")
+        assert chosen._target_.endswith(".JoblibLauncher")
+    else:
+        assert (chosen.timeout_min, chosen.gpus_per_node, chosen.cpus_per_task, chosen.mem_gb) == (720, 1, 8, 64)
+        assert chosen._target_.endswith(".SlurmLauncher")
+
+
 def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
+    if name == "grid":
+        whole = compose("train", with_hydra=True)
+        assert whole.hydra.sweeper == compose("train", "hydra/sweeper=grid", with_hydra=True).hydra.sweeper
+        return
+    if name == "optuna":
+        whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
+        assert whole.hydra.sweep.dir == "outputs/optuna"
+        assert whole.hydra.sweeper._target_.endswith(".SearchSweeper")
+        assert set(whole.hydra.sweeper.params) >= {"optim.lr_generator", "model.temperature", "model.num_passages"}
+        assert (whole.monitor, whole.sweep_metric) == ("val/exact_match", "val/exact_match")
+        assert whole.callbacks.checkpoint.monitor == whole.callbacks.pruning.monitor == "val/exact_match"
+        del whole.hydra
+        assert any(isinstance(one, PruningCallback) for one in built(whole)[2].callbacks)
+        return
     if name == "tasks":
         whole = compose("train", "sweep=tasks", "task=sst2", with_hydra=True)
         assert whole.hydra.sweep.dir == "outputs/tasks/sst2"
@@ -767,6 +806,7 @@ GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {
     "dataset": check_dataset,
     "scale": check_scale,
     "experiment": check_experiment,
+    "hydra": check_hydra,
     "index": check_index_choice,
     "optim": check_optim,
     "paths": check_paths,

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rag_lightning.errors import ConfigError, MissingExtraError
-from rag_lightning.training import tracking
-from rag_lightning.training.tracking import TrackingCallback, prediction_table, tensorboard_logger, wandb_logger
+from rag_lightning.training.tracking import (
+    TrackingCallback,
+    mlflow_logger,
+    prediction_table,
+    redacted,
+    tensorboard_logger,
+    wandb_logger,
+)
+from rag_lightning.training.tracking import tensorboard as tensorboard_module
 from rag_lightning.types import Prediction, Question, RetrievedPassage
 from rag_lightning.utils.io import read_json
 
@@ -62,8 +70,14 @@ def wandb_run(cli: Cli, tiny_train: list[str], tmp_path_factory: pytest.TempPath
         patch.setenv("WANDB_CONFIG_DIR", str(folder.parent / "config"))
         patch.setenv("WANDB_SILENT", "true")
         # a setting that reads the environment: its value must not be recorded either
+        patch.setenv("WANDB_API_KEY", MARKER.replace("-", "") + "0" * 12)
+        patch.setenv("MY_SECRET", MARKER)
         secret = "data.cache_dir='" + str(folder.parent) + "/${oc.env:SECRET_TOKEN_FOR_TEST}'"
-        cli("train", folder, *tiny_train, "logger=wandb", "logger.offline=true", "run_name=tracked", secret)
+        arguments = [*tiny_train, "logger=wandb", "logger.offline=true", "run_name=tracked", secret]
+        folder.mkdir()
+        Image.new("RGB", (2, 2), "red").save(folder / "curve.png")
+        cli("train", folder, *arguments, "+logger_notes.api_key=shown-to-nobody")
+        wandb.finish()
         wandb.teardown()  # ends its service too, which writes the last of the file after finish() has returned
     (offline,) = folder.glob("wandb/offline-run-*")
     return folder, offline
@@ -131,41 +145,202 @@ def test_wandb_gets_the_manifest_of_the_searched_snapshot_as_an_artifact(wandb_r
     assert json.loads(artifact.metadata) == read_json(manifest)
 
 
+def artifacts_of(run_file: Path) -> dict[str, Any]:
+    found = [
+        record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+        for record in records_of(run_file)
+        if record.HasField("artifact") or record.request.HasField("log_artifact")
+    ]
+    return {artifact.type: artifact for artifact in found}
+
+
+def test_wandb_gets_the_model_with_the_snapshot_it_was_made_with(wandb_run: tuple[Path, Path]) -> None:
+    folder, offline = wandb_run
+    artifacts = artifacts_of(next(offline.glob("run-*.wandb")))
+    assert {"index-snapshot", "model"} <= set(artifacts)
+    metadata = json.loads(artifacts["model"].metadata)
+    snapshot = json.loads(artifacts["index-snapshot"].metadata)["snapshot_id"]
+    assert metadata["snapshot"] == snapshot
+    assert metadata["made_from"] == [f"index-snapshot/{snapshot}"]
+    assert metadata["best/val/exact_match"] >= 0
+    files = {entry.path for entry in artifacts["model"].manifest.contents}
+    assert files == {path.relative_to(folder / "model").as_posix() for path in (folder / "model").rglob("*.*")}
+
+
+def test_wandb_summarises_and_draws_the_signs_of_a_collapse(wandb_run: tuple[Path, Path]) -> None:
+    _, offline = wandb_run
+    summary: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
+    for record in records_of(next(offline.glob("run-*.wandb"))):
+        summary |= values_of(record.summary.update)
+        logged |= values_of(record.history.item)
+    assert {"best/val/exact_match", "last/val/exact_match", "best/val/nll", "last/val/nll"} <= set(summary)
+    panel = {name.split("/")[1] for name in logged if name.startswith("retrieval_collapse/")}
+    assert panel == {"distinct_passage_ratio", "posterior_entropy", "retrieval_utility", "age_steps"}
+    assert logged["retrieval_collapse/retrieval_utility"] == logged["val/retrieval_utility"]
+
+
+def test_wandb_gets_the_plots_of_the_run(wandb_run: tuple[Path, Path]) -> None:
+    folder, offline = wandb_run
+    (picture,) = offline.glob("files/media/images/plots/curve_*.png")
+    assert picture.read_bytes() == (folder / "curve.png").read_bytes()
+
+
+def test_a_resumed_run_keeps_its_id(
+    wandb_run: tuple[Path, Path], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import wandb
+
+    folder = tmp_path / "run"
+    shutil.copytree(wandb_run[0], folder)
+    known = read_json(folder / "tracking.json")["wandb"]
+    assert wandb_run[1].name.endswith(known)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(wandb_run[0]), str(folder)))
+    monkeypatch.setenv("SECRET_TOKEN_FOR_TEST", MARKER)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = (f"resume={folder}", "trainer.max_steps=3", "trainer.val_check_interval=1")
+    cli("train", folder, *arguments)
+    wandb.finish()
+    wandb.teardown()
+    runs = sorted(folder.glob("wandb/offline-run-*"))
+    assert [path.name.rsplit("-", 1)[1] for path in runs] == [known] * len(runs)
+    steps = [
+        values_of(record.history.item).get("trainer/global_step")
+        for record in records_of(next(runs[-1].glob("run-*.wandb")))
+        if "train/loss" in values_of(record.history.item)
+    ]
+    assert steps == [2]
+    (folder / "tracking.json").unlink()
+    with pytest.raises(SystemExit, match="expected the id under which the resumed run was tracked.*logger.id=new"):
+        cli("train", folder, *arguments)
+
+
 def test_wandb_never_sees_the_environment_nor_the_machine(wandb_run: tuple[Path, Path]) -> None:
     folder, offline = wandb_run
     files = [path for path in folder.parent.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
-    leaking = [path for path in files if MARKER.encode() in path.read_bytes()]
-    assert leaking == []
+    for text in (MARKER, MARKER.replace("-", "")):
+        assert [path for path in files if text.encode() in path.read_bytes()] == []
+    told = [path for path in offline.rglob("*") if path.is_file()]
+    assert [path for path in told if b"shown-to-nobody" in path.read_bytes()] == []
     kinds = {record.WhichOneof("record_type") for record in records_of(next(offline.glob("run-*.wandb")))}
     assert "history" in kinds
     assert not kinds & {"stats", "output", "output_raw", "environment"}
     names = {str(path.relative_to(offline)) for path in offline.rglob("*") if path.is_file()}
-    kept = {name for name in names if not name.startswith(("logs/", "files/media/table/", "run-"))}
+    kept = {name for name in names if not name.startswith(("logs/", "files/media/", "run-"))}
     assert kept <= {"files/config.yaml", "files/wandb-summary.json"}, "no code, packages, host, output or git state"
+
+
+def test_csv_keeps_tables_images_artifacts_and_summary(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (2, 2), "red").save(run / "plot.png")
+    cli("train", run, *tiny_train, "logger=csv")
+    logs = run / "logs" / "version_0"
+    summary = read_json(logs / "summary.json")
+    assert summary["last/val/exact_match"] <= summary["best/val/exact_match"]
+    lines = [json.loads(line) for line in (logs / "tables" / "test_predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert {"question", "passage_3", "posterior_3"} <= set(lines[0])
+    assert (logs / "images" / "plots_plot.png").read_bytes() == (run / "plot.png").read_bytes()
+    model = read_json(logs / "artifacts" / "model.json")
+    assert (
+        model["metadata"]["snapshot"]
+        == read_json(logs / "artifacts" / "index-snapshot.json")["metadata"]["snapshot_id"]
+    )
+    assert "rag_config.json" in model["files"]
+
+
+def test_mlflow_gets_the_same(cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra 'mlflow'")
+    monkeypatch.setenv("MY_SECRET", MARKER)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient
+
+    run = tmp_path / "run"
+    cli("train", run, *tiny_train, "logger=mlflow", "run_name=tracked", "+notes.password=shown-to-nobody")
+    client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
+    found = client.get_run(read_json(run / "tracking.json")["mlflow"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["model/num_passages"] == "3"
+    assert found.data.params["notes/password"] == "<redacted>"
+    assert found.data.tags == {"mlflow.runName": "tracked"}, "no user, source file or git state"
+    metrics = read_json(run / "metrics.json")
+    assert found.data.metrics["test/recall_at_1"] == pytest.approx(metrics["recall@1"])
+    assert {"best/val/exact_match", "last/val/exact_match", "retrieval_collapse/retrieval_utility"} <= set(
+        found.data.metrics
+    )
+    table = json.loads(next(run.glob("mlflow_artifacts/**/tables/test_predictions.json")).read_text())
+    assert (len(table["data"]), table["columns"][0]) == (5, "id")
+    assert next(run.glob("mlflow_artifacts/**/model/rag_config.json")).is_file()
+    described = read_json(next(run.glob("mlflow_artifacts/**/model/artifact.json")))
+    assert described["made_from"] == [f"index-snapshot/{described['snapshot']}"]
+    for path in run.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert MARKER.encode() not in content
+            assert b"shown-to-nobody" not in content or "mlflow" not in str(path.relative_to(run))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (wandb_logger, {"project": "a/b"}, r"logger.project: expected 1 to 128 characters without / .*got 'a/b'"),
+        (mlflow_logger, {"tracking_uri": "nowhere"}, "logger.tracking_uri: expected an address .*got 'nowhere'"),
+        (mlflow_logger, {"tracking_uri": "sqlite:////dev/null/x.db"}, "expected an MLflow store at sqlite"),
+    ],
+)
+def test_an_invalid_address_is_refused(
+    make: Callable[..., Any], settings: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(make.__name__.removesuffix("_logger"))
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    with pytest.raises(ConfigError, match=message):
+        make(save_dir=str(tmp_path), **settings)
+
+
+def test_what_a_name_calls_secret_is_not_told() -> None:
+    settings = {"a": [{"access_token": "x"}], "b": {"db_password": "y", "api_key": "${oc.env:K}"}, "mask_token": "<m>"}
+    assert redacted(settings) == {
+        "a": [{"access_token": "<redacted>"}],
+        "b": {"db_password": "<redacted>", "api_key": "${oc.env:K}"},
+        "mask_token": "<m>",
+    }
 
 
 def test_tensorboard_gets_configuration_and_metrics(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cli("train", tmp_path / "run", *tiny_train, "logger=tensorboard", "data.test=null")
+    cli("train", tmp_path / "run", *tiny_train, "logger=tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "logs" / "version_0"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
     assert {"val/nll", "val/recall@1"} <= set(events.Tags()["scalars"])
+    tags = events.Tags()
+    assert {"summary/best/val/exact_match", "retrieval_collapse/retrieval_utility"} <= set(tags["scalars"])
+    (text,) = events.Tensors("test/predictions/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert table.startswith("| id | question | accepted | answer | log_likelihood | passage_1 | probability_1 |")
+    assert len(table.splitlines()) == 2 + 5
+    assert {"artifacts/model/text_summary", "artifacts/index-snapshot/text_summary"} <= set(tags["tensors"])
     settings = (tmp_path / "run" / "logs" / "version_0" / "hparams.yaml").read_text(encoding="utf-8")
     assert "num_passages: 3" in settings
 
 
-@pytest.mark.parametrize(("name", "make"), [("wandb", wandb_logger), ("tensorboard", tensorboard_logger)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("wandb", wandb_logger), ("tensorboard", tensorboard_logger), ("mlflow", mlflow_logger)]
+)
 def test_a_missing_extra_is_named(
     name: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, name, None)
-    find_spec = tracking.importlib.util.find_spec
+    find_spec = tensorboard_module.importlib.util.find_spec
     monkeypatch.setattr(
-        tracking.importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted)
+        tensorboard_module.importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted)
     )
     with pytest.raises(MissingExtraError, match=rf"rag_lightning\[{name}\]"):
         make(save_dir=str(tmp_path))
