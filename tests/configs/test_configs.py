@@ -268,7 +268,8 @@ def check_train(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
 
 
 def check_evaluate(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
-    config = compose("evaluate", "checkpoint=RUN", f"paths.run_dir={tmp_path}", "data.test=F")
+    assert compose("evaluate", "checkpoint=RUN").index.factory is None, "the run's own index"
+    config = compose("evaluate", "checkpoint=RUN", f"paths.run_dir={tmp_path}", "data.test=F", "index=exact")
     data = instantiate(config.data)
     assert data.paths == {"train": None, "validation": None, "test": "F"}
     trainer = build_trainer(config, config.callbacks)
@@ -383,8 +384,7 @@ def check_data(name: str, compose: Compose, tiny_overrides: Any) -> None:
 
 
 def check_index_choice(name: str, compose: Compose, tiny_overrides: Any) -> None:
-    if name == "own":  # of evaluate: tests/pipelines/test_cli.py
-        assert compose("evaluate", "checkpoint=RUN").index.factory is None
+    if name == "own":  # of evaluate: see check_evaluate, and tests/pipelines/test_cli.py
         return
     config = compose("train", *tiny_overrides("index", name))
     _, data, _ = built(config)
