@@ -97,7 +97,10 @@ def write_samples(root: Path) -> Path:
 
     for name in ("nq_passages/qed", "nq_passages/clapnq", "squad_open/"):
         key = name.split("/")[0] + name[-1]
-        made = [{"id": f"{key}{n}", "title": FILMS[n], "text": f"{FILMS[n]} is by {MAKERS[n]}."} for n in range(NUMBER)]
+        made = [
+            {"id": f"{key}{n}", "title": FILMS[n], "text": f"{FILMS[n]} is by {MAKERS[n]}. It was shown in 1999."}
+            for n in range(NUMBER)
+        ]
         lines(f"{name}passages" if name.endswith("/") else f"{name}_passages", made)
     lines("nq_open/train", [*records("new"), *records("known")])
     lines("nq_open/dev", records("known"))

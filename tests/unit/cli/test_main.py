@@ -53,7 +53,7 @@ def test_help_lists_every_command(
 def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rag-lightning", "dance"])
     with pytest.raises(
-        SystemExit, match="expected one of train, evaluate, predict, index, mine, report, benchmark, got 'dance'"
+        SystemExit, match="expected one of train, evaluate, predict, index, mine, data, report, benchmark, got 'dance'"
     ):
         main()
 

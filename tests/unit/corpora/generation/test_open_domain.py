@@ -132,9 +132,10 @@ def test_without_passages_there_is_no_vocabulary_to_learn(tmp_path: Path) -> Non
         keep_tokenizer(folder, vocab_size=100, lowercase=True)
 
 
+EVALUATED = ("nq_open/dev", "nq_passages/qed_questions", "nq_passages/clapnq_questions")
 QA = {
     "nq": ({"train": "nq_open/train", "test": "nq_passages/qed_questions", "each_answer": True,
-            "exclude": ("nq_open/dev", "nq_passages/qed_questions")}, (9612, 880, 1355)),
+            "exclude": EVALUATED}, (9612, 880, 1355)),
     "webquestions": ({"train": "webquestions/train", "validation": "webquestions/val", "test": "webquestions/test",
                       "each_answer": True}, (7112, 755, 1422)),
     "curatedtrec": ({"train": "curatedtrec/train", "test": "curatedtrec/test"}, None),
