@@ -487,7 +487,7 @@ def test_a_torn_snapshot_is_refused(snapshot: Path, cli: Cli, tmp_path: Path) ->
         ("predict", ["checkpoint=x"], "one of them"),
         ("predict", ["checkpoint=x", "question=a", "questions=b"], "one of them"),
         ("report", ["runs=/nowhere/at/all"], "runs: no such file: /nowhere/at/all"),
-        ("dance", [], "expected one of train, evaluate, predict, index, mine, report, benchmark, got 'dance'"),
+        ("dance", [], "expected one of train, evaluate, predict, index, mine, data, report, benchmark, got 'dance'"),
     ],
 )
 def test_a_bad_command_is_explained(
