@@ -287,11 +287,15 @@ def build_trainer(config: DictConfig, callbacks: DictConfig | None, further: Seq
 
 def build_loggers(config: DictConfig) -> list[Logger]:
     """Builds the logger, or all of a file with several, each under a name, as ``logger=csv_tensorboard``."""
+    return [instantiate(node) for node in logger_nodes(config)]
+
+
+def logger_nodes(config: DictConfig) -> list[DictConfig]:
+    """Returns the configuration of each logger."""
     node = config.get("logger")
     if node is None:
         return []
-    nodes = [node] if "_target_" in node else [entry for entry in node.values() if entry is not None]
-    return [instantiate(entry) for entry in nodes]
+    return [node] if "_target_" in node else [entry for entry in node.values() if entry is not None]
 
 
 def check_validation_interval(val_check_interval: float | None, accumulate_grad_batches: int) -> None:

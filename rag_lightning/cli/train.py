@@ -18,6 +18,7 @@ from rag_lightning.cli.build import (
     build_walk,
     check_task_choices,
     has_heads,
+    logger_nodes,
     recordable,
 )
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
@@ -172,7 +173,9 @@ def _resumed(config: DictConfig) -> tuple[DictConfig, Path]:
     assert isinstance(earlier, DictConfig)
     merged = OmegaConf.merge(earlier, OmegaConf.from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
-    merged.resume = str(folder)  # which its loggers ask
+    for node in logger_nodes(merged):
+        if "resume" in node:  # a tracker that goes on under the run's id
+            node.resume = str(folder)
     return merged, checkpoint
 
 

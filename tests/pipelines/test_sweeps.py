@@ -49,7 +49,11 @@ def test_a_failed_job_loses_no_other_and_a_relaunch_runs_what_is_missing(
 ) -> None:
     swept = [*tiny_train, "optim.lr_generator=-1,0.001", "seed=0,1"]
     poor, good = ([f"optim.lr_generator={rate},seed={seed}" for seed in (0, 1)] for rate in (-1, 0.001))
+    foreign = tmp_path / poor[0] / "checkpoints" / "last.ckpt"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
     message = refusal(cli, tmp_path, *swept)
+    assert not foreign.exists(), "of a run that nobody knows: nothing to resume"
     assert "error: sweep: 2 of 4 jobs failed, 2 are done and kept in" in message
     assert "  optim.lr_generator=-1 seed=0: optim.lr_generator: expected a positive number, got -1" in message
     assert str(tmp_path / poor[1] / "error.txt") in message

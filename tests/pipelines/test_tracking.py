@@ -186,6 +186,7 @@ def test_wandb_gets_the_plots_of_the_run(wandb_run: tuple[Path, Path]) -> None:
     assert picture.read_bytes() == (folder / "curve.png").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a copy is resumed, so that other tests find theirs
 def test_a_resumed_run_keeps_its_id(
     wandb_run: tuple[Path, Path], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

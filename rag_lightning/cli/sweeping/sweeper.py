@@ -227,7 +227,7 @@ class RecordedSweeper(Sweeper):
             if plan == "resume":
                 waiting.append((job, (*job.overrides, f"resume={quoted_value(str(job.folder.absolute()))}")))
             elif plan != "done":
-                for name in ("metrics.json", PRUNED_FILE, ERROR_FILE):  # of an earlier try
+                for name in ("metrics.json", PRUNED_FILE, ERROR_FILE, LAST_CHECKPOINT):  # of an earlier try, or unknown
                     (job.folder / name).unlink(missing_ok=True)
                 waiting.append((job, job.overrides))
         return waiting
