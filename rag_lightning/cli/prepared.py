@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLED = 500  # questions and passages whose tokens are looked at
 
 
+FOUND_BY_THE_RUN = ("prepared", "tokenizer")
+"""Settings of ``task`` that :func:`with_prepared` gives their values."""
+
+
 def prepares(config: DictConfig) -> bool:
     """Whether the run's task is a data set to write texts for; else it has heads, or no task at all."""
     return config.get("task") is not None and config.task.get("prepare") is not None
@@ -36,7 +40,7 @@ def with_prepared(config: DictConfig, *, resumed: bool = False) -> DictConfig:
         DataError: A line of it is bad.
     """
     assert config.task.folder  # or it is told by its own name
-    before = {name: config.task.get(name) for name in ("prepared", "tokenizer")} if resumed else {}
+    before = {name: config.task.get(name) for name in FOUND_BY_THE_RUN} if resumed else {}
     preparation = instantiate(config.task.prepare)
     assert isinstance(preparation, Preparation)
     folder = keep(preparation, config.paths.cache_dir)

@@ -24,6 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from rag_lightning.cli.prepared import FOUND_BY_THE_RUN, prepares
 from rag_lightning.cli.sweeping.checks import check_setting
 from rag_lightning.cli.sweeping.job import ERROR_FILE
 from rag_lightning.cli.sweeping.records import JobRecord, differences, listed, read_record
@@ -139,7 +140,7 @@ class RecordedSweeper(Sweeper):
         task = composed.copy()
         with open_dict(task):
             del task["hydra"]
-        OmegaConf.to_container(task, resolve=True)  # what refers to nothing is found now
+        OmegaConf.to_container(_as_if_prepared(task), resolve=True)  # what refers to nothing is found now
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             key = override.key_or_group.partition("@")[0]
             if not override.is_delete() and "/" not in key and not key.startswith("hydra."):
@@ -336,6 +337,17 @@ def quoted_value(text: str) -> str:
         "${", "\\${"
     )
     return f"'{escaped}'"
+
+
+def _as_if_prepared(config: DictConfig) -> DictConfig:
+    """Returns the configuration as it will be where the job has found its data set's files."""
+    if not prepares(config):
+        return config
+    config = config.copy()
+    for name in FOUND_BY_THE_RUN:
+        if OmegaConf.is_missing(config.task, name):
+            config.task[name] = f"task.{name}"
+    return config
 
 
 def subdir_override(subdir: str) -> str:
