@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rag_lightning.benchmark.machine import commit, machine, versions
 from rag_lightning.cli.build import recordable, run_folder
@@ -79,7 +79,10 @@ def _now() -> str:
 
 
 def _overrides() -> list[str]:
-    return [str(text) for text in HydraConfig.get().overrides.task]
+    """Returns the command line's settings as they were written: what they read from the environment stays there."""
+    written = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(written, list)
+    return [str(text) for text in written]
 
 
 def _choices() -> dict[str, str]:

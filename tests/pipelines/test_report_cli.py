@@ -50,10 +50,11 @@ def test_a_run_says_what_it_was(sweep: Path, tiny_world) -> None:
     assert len(by_signature(runs)) == 1
 
 
-def test_a_resumed_run_keeps_what_it_began_with(cli: Cli, sweep: Path) -> None:
-    folder = sweep / "seed=0"
+def test_a_resumed_run_keeps_what_it_began_with(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "seed=0"
+    cli("train", f"'{folder}'", *tiny_train)  # quoted: equals signs
     began = read_json(folder / "run.json")
-    cli("train", f"'{folder}'", f"resume='{folder}'", "trainer.max_steps=3")  # quoted: equals signs
+    cli("train", f"'{folder}'", f"resume='{folder}'", "trainer.max_steps=3")
     record = read_json(folder / "run.json")
     assert {key: record[key] for key in began} == began
     ((resumed, further),) = [later["overrides"] for later in record["resumed"]]
