@@ -1,6 +1,9 @@
 """Recipes of papers: every row composes with every column, builds and runs at both sizes with tiny models."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.labelled_files import write_labelled
 from tests.recipe_files import NUMBER, write_published, write_samples
 
 CONF = conf_dir()
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 QA = ("nq", "triviaqa", "webquestions", "curatedtrec")
 TEXTS = ("jeopardy", "msmarco", "fever3", "fever2")
 COLUMNS = {
@@ -165,6 +169,51 @@ def test_every_column_is_prepared_at_both_sizes(
             or scale == "mini"
         )
     assert len(test) == {"fever2": 27, "msmarco": NUMBER - 1}.get(column, NUMBER) or column == "jeopardy"
+
+
+AT_HAND = {  # passages, and questions to train, validate and test on
+    "nq": (4007, 9612, 880, 1355),
+    "triviaqa": (4007, 7964, 865, 4999),
+    "webquestions": (4007, 7112, 755, 1422),
+    "curatedtrec": (4007, 1521, 172, 536),
+    "jeopardy": (4007, 1679, 228, 210),
+    "fever3": (4007, 7174, 826, 1999),
+    "fever2": (4007, 4802, 546, 1318),
+    "squad_open": (2067, 5219, 511, 1338),
+    "nq_gold": (2067, 5176, 554, 1338),
+}
+PREPARE = """
+import json, sys
+from hydra import compose, initialize_config_dir
+from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
+from rag_lightning.cli.prepared import with_prepared
+register_resolvers()
+with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    for column, row in json.loads(sys.argv[3]).items():
+        chosen = [f"experiment={row}", f"dataset={column}", "scale=mini", f"task.folder={sys.argv[1]}"]
+        config = with_prepared(compose("train", [*chosen, f"paths.cache_dir={sys.argv[2]}"]))
+        print(column, config.task.prepared, sep="|")
+"""
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not there")
+def test_every_small_column_is_prepared_from_the_data_at_hand(tmp_path: Path) -> None:
+    """In a process of its own: a hundred thousand aliases, each call type-checked, would take minutes."""
+    rows = {column: next(row for row, one in PAIRS if one == column) for column in AT_HAND}
+    command = [sys.executable, "-c", PREPARE, str(SHARED), str(tmp_path), json.dumps(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    folders = dict(line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1)
+    found = {
+        column: tuple(
+            (Path(folder) / f"{name}.jsonl").read_bytes().count(b"\n")
+            for name in ("passages", "train", "validation", "test")
+        )
+        for column, folder in folders.items()
+    }
+    assert found == AT_HAND
+    assert set(AT_HAND) == set(DATASETS) - {"msmarco"}
+    trained = (Path(folders["triviaqa"]) / "train.jsonl").read_text(encoding="utf-8")
+    assert '"answers": ["["' not in trained, "lists taken apart into characters are put together again"
 
 
 TINY = "d_model=16 encoder_layers=1 decoder_layers=1 encoder_attention_heads=2 decoder_attention_heads=2"

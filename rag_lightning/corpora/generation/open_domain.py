@@ -130,9 +130,7 @@ class OpenQuestions:
             logger.info("%d training questions left out: no text that their expressions accept is known", num_untold)
         if self.shown_first:
             counts = shown(passages, (answer for answers in texts.values() for answer in answers))
-            texts = {
-                key: sorted(found, key=lambda text: -counts[normalise_answer(text)]) for key, found in texts.items()
-            }
+            texts = {key: sorted(found, key=counts.__getitem__, reverse=True) for key, found in texts.items()}
         questions = []
         for one in train:
             answers = texts[one.id]
@@ -148,20 +146,23 @@ class OpenQuestions:
 
 
 def shown(passages: Iterable[Passage], answers: Iterable[str]) -> Counter[str]:
-    """Returns how often passages show each answer, by its normalised text.
+    """Returns how often passages show each answer, both in their normalised form; 0 is left out.
 
     >>> shown([Passage("1", "Oz", "The Wizard of Oz, and Oz.")], ["the Wizard", "Oz", "Kansas"])
-    Counter({'oz': 3, 'wizard': 1})
+    Counter({'Oz': 3, 'the Wizard': 1})
     """
-    wanted = {normalise_answer(answer) for answer in answers} - {""}
+    normalised = {answer: normalise_answer(answer) for answer in dict.fromkeys(answers)}
+    wanted = set(normalised.values()) - {""}
+    first_words = {text.split(" ", 1)[0] for text in wanted}
     lengths = sorted({text.count(" ") + 1 for text in wanted} & set(range(1, MAX_WORDS + 1)))
     counts: Counter[str] = Counter()
     for passage in passages:
         words = normalise_answer(f"{passage.title} {passage.text}").split()
+        starts = [start for start, word in enumerate(words) if word in first_words]
         for length in lengths:
-            spans = (" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
+            spans = (" ".join(words[start : start + length]) for start in starts if start + length <= len(words))
             counts.update(span for span in spans if span in wanted)
-    return counts
+    return Counter({answer: counts[text] for answer, text in normalised.items() if counts[text] > 0})
 
 
 def _names(names: Names) -> list[str]:
