@@ -1,8 +1,9 @@
 """``rag-lightning report runs=DIR …``: tables, pictures and pages of finished runs, beside what papers report.
 
 Without further settings one table of the runs under a folder, also as ``results.json``. With ``curve``, runs of a sweep
-that differ in their seed alone are one row, and ``curve.png`` draws the metrics. ``paper``, ``rows``, ``compare`` are
-:mod:`rag_lightning.cli.report_paper`'s, ``errors``, ``plots`` and ``page`` :mod:`rag_lightning.cli.report_answers`'.
+that differ in their seed alone are one row, and ``curve.png`` draws the metrics. ``paper``, ``rows``, ``compare``,
+``findings`` are :mod:`rag_lightning.cli.report_paper`'s, ``errors``, ``plots`` and ``page``
+:mod:`rag_lightning.cli.report_answers`'.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from rag_lightning.cli.report_answers import page_of_file, report_answers
 from rag_lightning.cli.report_files import with_files
-from rag_lightning.cli.report_paper import report_paper
+from rag_lightning.cli.report_paper import report_findings, report_paper
 from rag_lightning.errors import ConfigError
 from rag_lightning.reports.collect import collect_runs, summary
 from rag_lightning.reports.groups import by_setting, spreads
@@ -26,6 +27,7 @@ from rag_lightning.reports.tables import NOT_MEASURED, markdown_table, screen_ta
 from rag_lightning.utils.io import write_json
 
 COMPARING = ("paper", "rows", "compare", "column", "num_seeds")
+FINDINGS = ("findings",)
 ANSWERS = ("errors", "plots", "page")
 PLAIN = ("order", "curve")
 
@@ -37,12 +39,14 @@ def run(config: DictConfig) -> None:
         page_of_file(config)
         return
     folder = Path(config.runs)
-    if not _given(config, COMPARING) and not _given(config, ANSWERS):
+    if not _given(config, (*COMPARING, *FINDINGS, *ANSWERS)):
         _short(config, folder)
         return
     runs = [with_files(one, config) for one in find_runs(folder)]
     if _given(config, COMPARING):
         report_paper(config, folder, runs)
+    if _given(config, FINDINGS):
+        report_findings(config, folder, runs)
     if _given(config, ANSWERS):
         report_answers(config, folder, runs)
 
@@ -51,7 +55,8 @@ def _check(config: DictConfig) -> None:
     """Refuses settings that do not go together: one of them would be read and ignored."""
     if (config.runs is None) == (config.predictions is None):
         raise ConfigError("report: expected runs=DIR, or predictions=FILE with questions=FILE; one of them")
-    comparing, answers, plain = (_given(config, names) for names in (COMPARING, ANSWERS, PLAIN))
+    comparing = _given(config, (*COMPARING, *FINDINGS))
+    answers, plain = _given(config, ANSWERS), _given(config, PLAIN)
     clashes = []
     if config.predictions is not None:
         clashes = [*comparing, *answers, *plain]

@@ -1,4 +1,4 @@
-"""``rag-lightning report runs=DIR paper=rag/table6 [compare=[a,b]]``: a table in Markdown, LaTeX and JSON."""
+"""``report runs=DIR paper=rag/table6 [compare=[a,b]]``, ``findings=reproduce``: tables in Markdown, LaTeX and JSON."""
 
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from rag_lightning.reports.comparison_tables import (
     rows_of,
     screen,
 )
+from rag_lightning.reports.findings import HEADINGS as FINDING_HEADINGS
+from rag_lightning.reports.findings import finding_notes, finding_rows, findings, findings_json, outcomes
 from rag_lightning.reports.notes import notes_of
 from rag_lightning.reports.papers import paper_table
 from rag_lightning.reports.runs import Run
@@ -26,6 +28,7 @@ from rag_lightning.utils.io import write_json
 
 UNGROUPED = "groups"
 """What the files of a table without a paper are called."""
+FINDINGS_NAME = "findings"
 
 
 def report_paper(config: DictConfig, folder: Path, runs: list[Run]) -> None:
@@ -66,6 +69,30 @@ def report_paper(config: DictConfig, folder: Path, runs: list[Run]) -> None:
     console.print(screen(HEADINGS[:-1], rows_of(lines), title))
     for text in (*sentences, *notes, f"written to {folder / name}.md, .tex and .json"):
         console.print(text, markup=False, highlight=False)
+
+
+def report_findings(config: DictConfig, folder: Path, runs: list[Run]) -> None:
+    """Prints which of a list of findings the runs show, and writes it beside them.
+
+    Args:
+        config: The command's.
+        folder: Where the files go.
+        runs: Found there.
+
+    Raises:
+        ConfigError: An unknown list.
+    """
+    results = outcomes(findings(config.findings), runs, num_resamples=config.num_resamples, locate=located)
+    rows, notes = finding_rows(results), finding_notes(results)
+    title = f"What papers found, and what {folder} shows"
+    listed = "".join(f"\n- {note}" for note in notes)
+    text = f"{markdown(FINDING_HEADINGS, rows)}\n{listed}\n"
+    (folder / f"{FINDINGS_NAME}.md").write_text(text, encoding="utf-8")
+    write_json(folder / f"{FINDINGS_NAME}.json", {"findings": findings_json(results), "notes": notes})
+    console = Console()
+    console.print(screen(FINDING_HEADINGS, rows, title))
+    for note in (*notes, f"written to {folder / FINDINGS_NAME}.md and .json"):
+        console.print(note, markup=False, highlight=False)
 
 
 def _texts(lines: list[Line], title: str, notes: list[str], folder: Path) -> dict[str, str]:

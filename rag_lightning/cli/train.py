@@ -42,7 +42,9 @@ CONFIG_NAME = "config.yaml"
 def run(config: DictConfig) -> float | None:
     """Trains as configured; everything the run leaves is under its folder."""
     start = time.perf_counter()
-    torch.set_flush_denormal(True)  # gradients of passages that p(z|x) all but rules out: a CPU takes five times as long
+    torch.set_flush_denormal(
+        True
+    )  # gradients of passages that p(z|x) all but rules out: a CPU takes five times as long
     config, checkpoint = _resumed(config) if config.resume is not None else (config, None)
     config = with_prepared(config, resumed=checkpoint is not None) if prepares(config) else config
     folder = Path(config.paths.run_dir)

@@ -206,10 +206,36 @@ def pairs_of(
     for column in dict.fromkeys(cell.column.name for cell in cells):
         first, second = (measured.get((name, column)) for name in names)
         if first is not None and second is not None:
-            pairs.append(_pair(first, second, num_resamples, locate))
+            pairs.append(pair_of(first, second, num_resamples=num_resamples, locate=locate))
     if not pairs:
         raise ConfigError(f"compare: expected a column that both {' and '.join(names)} were measured in, found none.")
     return pairs
+
+
+def pair_of(first: Cell, second: Cell, *, num_resamples: int = 2000, locate: Locate = resolve) -> Pair:
+    """Returns the difference of two groups that were both measured: of their means, with a bootstrap's interval.
+
+    Questions are drawn where both have a score for each of the same ones, and seeds; together where they are the same.
+
+    Args:
+        first: The minuend.
+        second: The subtrahend.
+        num_resamples: Of the bootstrap.
+        locate: See :data:`~rag_lightning.reports.scores.Locate`.
+    """
+    seeds = [[run.seed for run in cell.measured] for cell in (first, second)]
+    same_seeds = seeds[0] == seeds[1] and None not in seeds[0]
+    matrices = None
+    if first.metric == second.metric:
+        matrices = shared_matrices(first.measured, second.measured, first.metric, locate)
+    drawn = "seeds"
+    if matrices is not None:
+        drawn = "seeds and questions" if max(map(len, seeds)) > 1 else "questions"
+    ours = [100 * scores_SQ for scores_SQ in matrices] if matrices is not None else []
+    ours = ours or [np.array(cell.values)[:, None] for cell in (first, second)]
+    interval = difference_interval(ours[0], ours[1], same_seeds=same_seeds, num_resamples=num_resamples)
+    difference = Spread.of(first.values).mean - Spread.of(second.values).mean
+    return Pair(first, second, difference, interval, drawn if interval else "", same_seeds)
 
 
 def _cells(row: str, column: Column, groups: Sequence[Sequence[Run]]) -> list[Cell]:
@@ -260,19 +286,3 @@ def _scores(cell: Cell, locate: Locate) -> tuple[Any, str]:
     if matrix_SQ is None:
         return np.array(cell.values)[:, None], "seeds"
     return 100 * matrix_SQ, "seeds and questions" if len(matrix_SQ) > 1 else "questions"
-
-
-def _pair(first: Cell, second: Cell, num_resamples: int, locate: Locate) -> Pair:
-    seeds = [[run.seed for run in cell.measured] for cell in (first, second)]
-    same_seeds = seeds[0] == seeds[1] and None not in seeds[0]
-    matrices = None
-    if first.metric == second.metric:
-        matrices = shared_matrices(first.measured, second.measured, first.metric, locate)
-    drawn = "seeds"
-    if matrices is not None:
-        drawn = "seeds and questions" if max(map(len, seeds)) > 1 else "questions"
-    ours = [100 * scores_SQ for scores_SQ in matrices] if matrices is not None else []
-    ours = ours or [np.array(cell.values)[:, None] for cell in (first, second)]
-    interval = difference_interval(ours[0], ours[1], same_seeds=same_seeds, num_resamples=num_resamples)
-    difference = Spread.of(first.values).mean - Spread.of(second.values).mean
-    return Pair(first, second, difference, interval, drawn if interval else "", same_seeds)

@@ -27,7 +27,7 @@ ERROR_HEADINGS = (
     "right of those in no passage",
     "in no passage of the right",
 )
-LEFT = ("row", "measured", "commit", "config")
+LEFT = ("row", "measured", "commit", "config", "found by", "first above second", "shown")
 MINUS = "\u2212"
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -49,10 +49,10 @@ def rows_of(lines: Sequence[Line]) -> list[tuple[str, ...]]:
         (
             line.cell.name,
             _measured(line.cell),
-            _spread(line.ours),
+            spread_text(line.ours),
             _count(line),
-            _published(line.published),
-            NOT_MEASURED if line.difference is None else _difference(line.difference, line.interval),
+            published_text(line.published),
+            NOT_MEASURED if line.difference is None else difference_text(line.difference, line.interval),
             short_commits(line.cell.runs) if line.cell.runs else NOT_MEASURED,
         )
         for line in lines
@@ -179,7 +179,7 @@ def pair_sentences(pairs: Sequence[Pair]) -> list[str]:
     """Returns each difference of two groups as a line of text."""
     sentences = []
     for pair in pairs:
-        interval = _difference(pair.difference, pair.interval)
+        interval = difference_text(pair.difference, pair.interval)
         how = "questions" if "questions" in pair.drawn else ""
         paired = " and ".join(part for part in ("seeds" if pair.same_seeds else "", how) if part)
         sentences.append(
@@ -233,7 +233,8 @@ def _measured(cell: Cell) -> str:
     return cell.column.name if cell.column.name == cell.metric else f"{cell.column.name}: {cell.metric}"
 
 
-def _spread(spread: Spread | None) -> str:
+def spread_text(spread: Spread | None) -> str:
+    """Returns a percentage with its standard deviation, a dash where there is none."""
     if spread is None:
         return NOT_MEASURED
     return f"{spread.mean:.1f}" + (f" ± {spread.sd:.1f}" if spread.num_runs > 1 else "")
@@ -246,10 +247,10 @@ def _count(line: Line) -> str:
     return str(num) if num == line.num_wanted else f"{num} of {line.num_wanted}"
 
 
-def _published(figure: float | None) -> str:
+def published_text(figure: float | None) -> str:
     """Returns a paper's figure with its digits, at least one decimal.
 
-    >>> _published(44.0), _published(45.87)
+    >>> published_text(44.0), published_text(45.87)
     ('44.0', '45.87')
     """
     if figure is None:
@@ -257,10 +258,10 @@ def _published(figure: float | None) -> str:
     return f"{figure:.1f}" if round(figure, 1) == figure else f"{figure:g}"
 
 
-def _difference(difference: float, interval: Interval | None) -> str:
+def difference_text(difference: float, interval: Interval | None) -> str:
     """Returns a signed difference with its interval.
 
-    >>> _difference(1.25, (0.5, 3.0))
+    >>> difference_text(1.25, (0.5, 3.0))
     '+1.2 [+0.5, +3.0]'
     """
     ends = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval is not None else ""

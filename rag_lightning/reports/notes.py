@@ -27,14 +27,15 @@ def notes_of(
     """
     cells = [line.cell for line in lines]
     used = list({run.name: run for cell in cells for run in cell.runs}.values())
-    notes = [*_commits(used), *_data(cells), *_recipes(cells, table), *_scales(used), *_missing(lines)]
+    notes = [*commit_notes(used), *_data(cells), *_recipes(cells, table), *_scales(used), *_missing(lines)]
     others = [run.name for run in runs if run.name not in {one.name for one in used}]
     if others:
         notes.append(f"Not in this table: {_some(others)}.")
     return [*notes, *_intervals(lines, pairs)]
 
 
-def _commits(runs: Sequence[Run]) -> list[str]:
+def commit_notes(runs: Sequence[Run]) -> list[str]:
+    """Returns a line where runs are of several commits, and one where files differed from theirs."""
     notes = _differing("commits", runs, lambda run: _short(run.commit))
     if any("+" in (run.commit or "") for run in runs):
         notes.append("A + behind a commit: files differed from it.")
@@ -86,12 +87,22 @@ def _missing(lines: Sequence[Line]) -> list[str]:
 
 
 def _intervals(lines: Sequence[Line], pairs: Sequence[Pair]) -> list[str]:
-    told = [line.drawn for line in lines] + [pair.drawn for pair in pairs]
-    drawn = [drawn for drawn in dict.fromkeys(told) if drawn]
-    if not drawn:
-        return []
+    drawn = [line.drawn for line in lines] + [pair.drawn for pair in pairs]
     counts = [len(line.cell.values) for line in lines if line.interval is not None]
     counts += [min(len(pair.first.values), len(pair.second.values)) for pair in pairs if pair.interval is not None]
+    return interval_notes(drawn, counts)
+
+
+def interval_notes(told: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Returns a line on how intervals were drawn; none where there is no interval.
+
+    Args:
+        told: For each, what was drawn; empty where there is none.
+        counts: For each, of how many runs the smaller group is.
+    """
+    drawn = [one for one in dict.fromkeys(told) if one]
+    if not drawn:
+        return []
     few = f"; of fewer than {FEW_SEEDS} seeds they are too narrow" if min(counts) < FEW_SEEDS else ""
     return [f"Intervals: 95 %, percentiles of a bootstrap over {', or over '.join(drawn)}{few}."]
 
