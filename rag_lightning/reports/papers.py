@@ -92,9 +92,9 @@ def paper_table(name: str) -> PaperTable:
         key: Column(key, tuple(one.get("dataset", ())), tuple(one["metric"])) for key, one in told["columns"].items()
     }
     figures = _figures(told, node)
-    recipes = told.get("experiments", {})
     rows = told["rows"] if "rows" in told else list(told["cells"])
-    experiments = {row: recipes.get(row, f"{name}_{row}") for row in rows}
+    recipes = {row: f"{name}_{row}" for row in rows} | told.get("experiments", {})
+    experiments = {row: recipe for row, recipe in recipes.items() if recipe is not None}
     return PaperTable(name, told["title"], figures, experiments, columns)
 
 

@@ -75,7 +75,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 250
+NUM_FILES = 253
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -296,7 +296,7 @@ def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     config = compose("report", "runs=outputs/x", "order=[b,a]")
     told = OmegaConf.to_container(config, resolve=True)
     assert isinstance(told, dict)
-    off = "curve paper rows column compare num_seeds errors plots page predictions questions passages output".split()
+    off = "curve paper rows column compare findings num_seeds errors plots page predictions questions passages output".split()
     assert [told.pop(name) for name in off] == [None] * 6 + [False] * 3 + [None] * 4
     assert told == {
         "runs": "outputs/x",
@@ -735,6 +735,9 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
     if name in {"reproduce/passages", "reproduce/hot_swap", "reproduce/index"}:
         check_evaluations(name, compose)
         return
+    if name in {"reproduce/reader", "reproduce/end2end", "reproduce/natural_questions"}:
+        check_small_reproduction(name, compose)
+        return
     whole = compose("train", *tiny_overrides("sweep", name), with_hydra=True)
     params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
     params = {key: values[:1] if key == "seed" else values for key, values in params.items()}
@@ -777,6 +780,38 @@ def check_evaluations(name: str, compose: Compose) -> None:
     assert len(folders) == math.prod(len(values) for values in params.values())
     rows = ("rag_token_joint", "rag_sequence_joint") if name == "reproduce/passages" else ("rag_token_joint",)
     assert trained == {f"outputs/reproduce/table6/row={row},seed={seed}" for row in rows for seed in range(3)}
+
+
+def check_small_reproduction(name: str, compose: Compose) -> None:
+    """A recipe's rows at a laptop's size: they differ in what the paper compares, and read with the one reader."""
+    whole = compose("train", f"sweep={name}", "task.folder=DATA", with_hydra=True)
+    params = {key: str(value).split(",") for key, value in whole.hydra.sweeper.params.items()}
+    reader = name == "reproduce/reader"
+    assert params["seed"] == (["0"] if reader else ["0", "1", "2"])
+    jobs = {}
+    for values in itertools.product(*({**params, "seed": ["0"]}.values())):
+        chosen = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        job = compose("train", f"sweep={name}", "task.folder=DATA", *chosen, "paths.run_dir=DIR", with_hydra=True)
+        jobs[job.hydra.sweep.subdir] = job
+        assert job.trainer.limit_test_batches is None
+        assert job.generator.get("source") == (None if reader else "outputs/reproduce/reader/seed=0/model/generator")
+        assert job.objective._target_.endswith(".Denoising") == reader
+    if reader:
+        (only,) = jobs.values()
+        assert only.encoder.tokenizer == only.task.tokenizer == only.generator.tokenizer
+        return
+    passages = [job.optim.train_passage_encoder for job in jobs.values()]
+    queries = [job.optim.train_query_encoder for job in jobs.values()]
+    kinds = [job.retriever.kind for job in jobs.values()]
+    if name == "reproduce/end2end":
+        assert list(jobs) == ["row=squad_original,seed=0", "row=squad_end2end,seed=0"]
+        assert (passages, queries, kinds) == ([False, True], [True, True], ["dense", "dense"])
+        assert [job.reindex.get("schedule") for job in jobs.values()] == [None, 20]
+    else:
+        assert (passages, queries, kinds) == ([False] * 3, [False, False, True], ["sparse", "dense", "dense"])
+        files = [OmegaConf.to_container(job, resolve=False)["data"] for job in jobs.values()]
+        assert {file["test"] for file in files} == {"${task.prepared}/validation.jsonl"}
+        assert {file["train"] for file in files} == {"${task.prepared}/train.jsonl"}
 
 
 GROUPS: dict[str, Callable[[str, Compose, Any], None]] = {

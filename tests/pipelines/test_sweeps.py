@@ -120,6 +120,23 @@ def test_what_cannot_run_is_refused_before_the_first_job(
     assert list(tmp_path.glob("*/")) == [], "no folder of a job"
 
 
+def test_evaluations_are_swept_too_and_what_is_done_is_left_out(
+    cli: Cli, tiny_train: list[str], tmp_path: Path
+) -> None:
+    cli("train", tmp_path / "run", *tiny_train)
+    swept = [f"checkpoint={tmp_path / 'run'}", "num_passages=1,2"]
+    cli("evaluate", tmp_path / "sweep", "-m", *swept)
+    places = {number: tmp_path / "sweep" / f"num_passages={number}" for number in (1, 2, 3)}
+    assert read_json(places[2] / "evaluation.json")["checkpoint"] == str(tmp_path / "run")
+    for number in (1, 2):
+        record = json.loads((places[number] / "predictions.jsonl").read_text().splitlines()[0])
+        assert len(record["passages"]) == number
+    written = {number: (places[number] / "metrics.json").stat().st_mtime_ns for number in (1, 2)}
+    cli("evaluate", tmp_path / "sweep", "-m", swept[0], "num_passages=1,2,3")
+    assert {number: (places[number] / "metrics.json").stat().st_mtime_ns for number in (1, 2)} == written
+    assert (places[3] / "metrics.json").is_file()
+
+
 def test_a_search_goes_on_and_prunes(
     cli: Cli, tiny_train: list[str], tmp_path: Path, started: list[tuple[str, bool]]
 ) -> None:

@@ -48,6 +48,12 @@ def test_every_table_names_rows_and_columns_that_have_figures() -> None:
             assert column.metrics, f"{name}: {column.name}"
 
 
+def test_the_recipes_of_every_table_exist() -> None:
+    named = {recipe for name in table_names() for recipe in paper_table(name).experiments.values()}
+    assert len(named) >= 20
+    assert [recipe for recipe in named if not (conf_dir() / "experiment" / f"{recipe}.yaml").is_file()] == []
+
+
 def test_recipes_of_table_6_that_exist_are_its_rows() -> None:
     recipes = {path.stem for path in (conf_dir() / "experiment" / "rag").glob("table6_*.yaml")}
     rows = {recipe.partition("/")[2] for recipe in paper_table("rag/table6").experiments.values()}
