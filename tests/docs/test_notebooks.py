@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-NUM_NOTEBOOKS = 5
+NUM_NOTEBOOKS = 6
 
 
 def test_all_notebooks_are_here() -> None:
