@@ -159,6 +159,30 @@ def test_questions_on_one_paragraph_stay_together(data):
     assert len(prepared.passages) == 36
 
 
+def test_paragraphs_are_cut_into_passages_and_gold_are_those_that_show_an_answer(tmp_path: Path) -> None:
+    text = "alpha beta gamma delta epsilon zeta beta"
+    write(tmp_path / "passages.jsonl.gz", [{"id": "p0", "title": "Letters", "text": text}])
+    asked = {"train": [("q0", "beta"), ("q1", "gamma delta"), ("q2", "delta epsilon")], "test": [("q3", "zeta")]}
+    for name, questions in asked.items():
+        write(
+            tmp_path / f"{name}.jsonl.gz",
+            [
+                {"id": key, "question": f"what {key}", "answers": [answer], "positive_passage_ids": ["p0"]}
+                for key, answer in questions
+            ],
+        )
+    prepared = ReadingComprehension(folder=str(tmp_path), validation_share=0.01, passage_words=4)()
+    assert [(one.id, one.title, one.text) for one in prepared.passages] == [
+        ("p0-0", "Letters", "alpha beta gamma delta"),
+        ("p0-1", "Letters", "epsilon zeta beta"),
+    ]
+    kept = {one.id: one.positive_passage_ids for one in prepared.questions["train"]}
+    assert kept == {"q0": ("p0-0", "p0-1"), "q1": ("p0-0",)}, "an answer across a border is in no passage"
+    assert [one.positive_passage_ids for one in prepared.questions["test"]] == [("p0-1",)]
+    with pytest.raises(ConfigError, match="passage_words: expected 1 or more, or null, came 0"):
+        ReadingComprehension(folder=str(tmp_path), passage_words=0)()
+
+
 def test_a_question_in_one_language_has_the_answer_and_passage_of_the_other(data):
     prepared = CrossLingualReading(folder=of(data, "xquad"), question_language="de", passage_language="zh")()
     question = prepared.questions["train"][0]
