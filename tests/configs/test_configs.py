@@ -296,8 +296,8 @@ def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     config = compose("report", "runs=outputs/x", "order=[b,a]")
     told = OmegaConf.to_container(config, resolve=True)
     assert isinstance(told, dict)
-    off = "curve paper rows column compare findings num_seeds errors plots page predictions questions passages output".split()
-    assert [told.pop(name) for name in off] == [None] * 6 + [False] * 3 + [None] * 4
+    off = "curve paper rows column compare findings num_seeds errors plots page predictions questions passages output"
+    assert [told.pop(name) for name in off.split()] == [None] * 7 + [False] * 3 + [None] * 4
     assert told == {
         "runs": "outputs/x",
         "order": ["b", "a"],
