@@ -118,7 +118,7 @@ def outcomes(
 
 def finding_rows(results: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Returns the cells of the table: figures in percent, mean ± sd, the number of runs where some are missing."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in results:
         published = one.finding.published
         ours = [_ours(cell) for cell in one.cells]

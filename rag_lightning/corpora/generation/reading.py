@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rag_lightning.corpora.generation.parts import data_file, divided_by
-from rag_lightning.corpora.generation.prepared import PreparedData
+from rag_lightning.corpora.generation.prepared import PreparedData, Split
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.questions import read_questions
 from rag_lightning.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ class ReadingComprehension:
         train, test = (read_questions(data_file(self.folder, name), corpus=corpus) for name in (self.train, self.test))
         shares = (1 - self.validation_share, self.validation_share)
         train, validation = divided_by(train, _paragraph, shares)
-        splits = {"train": train, "validation": validation, "test": test}
+        splits: dict[Split, list[Question]] = {"train": train, "validation": validation, "test": test}
         if self.passage_words is None:
             return PreparedData(list(corpus), splits)
         pieces = {passage.id: in_pieces(passage, self.passage_words) for passage in corpus}
