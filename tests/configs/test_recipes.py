@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def compose(*overrides: str) -> DictConfig:
         return hydra.compose("train", list(overrides))
 
 
+@cache
+def composed(row: str, column: str, scale: str = "paper") -> DictConfig:
+    """Returns a recipe to look at: composed once for all tests, so never to be changed."""
+    config = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", f"scale={scale}")
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
 def test_the_recipes_are_all_here() -> None:
     files = {path.relative_to(CONF / "experiment").with_suffix("").as_posix()
              for paper in PAPERS for path in (CONF / "experiment" / paper).glob("*.yaml")}  # fmt: skip
@@ -106,11 +115,37 @@ def test_every_source_is_well_formed() -> None:
     assert all(source.about for source in sources.values())
 
 
+LENGTHS = {  # tokens of a target that is learned, and of an answer that is written: at the paper's size, at the small one
+    "jeopardy": ((64, 50), (48, 40)),
+    "msmarco": ((128, 100), (128, 100)),
+    "fever3": ((6, 6), (6, 6)),
+    "fever2": ((6, 6), (6, 6)),
+}
+OTHER_LENGTHS = {  # of papers whose rows tell them; DPR's read and write nothing
+    "fid/base": (50, 50),
+    "fid/large": (50, 50),
+    "atlas/nq_64_shot": (16, 16),
+    "realm/ict": (32, 24),
+    "realm/fresh": (32, 24),
+    "realm/stale": (32, 24),
+    "realm/finetune": (16, 24),
+}
+
+
+def lengths(row: str, column: str, scale: str) -> tuple[int, int]:
+    return OTHER_LENGTHS.get(row) or LENGTHS.get(column, ((25, 25), (25, 25)))[scale == "mini"]
+
+
 @pytest.mark.parametrize(("row", "column"), PAIRS)
 def test_every_row_composes_with_its_columns(row: str, column: str) -> None:
-    """The paper's size names the paper's parts and the column's data; the small size names none that is downloaded."""
-    paper = compose(f"experiment={row}", f"dataset={column}", "task.folder=D")
-    mini = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", "scale=mini")
+    """The paper's size names the paper's parts and the column's data; the small size names none that is downloaded.
+
+    A row is composed after its column: when RAG's rows told how long answers are, clues were cut at 25 tokens.
+    """
+    paper, mini = composed(row, column), composed(row, column, "mini")
+    for scale, config in (("paper", paper), ("mini", mini)):
+        found = (config.model.max_target_tokens, config.decoding.max_new_tokens)
+        assert found == lengths(row, column, scale) or row.startswith("dpr/"), "which neither reads nor writes"
     assert paper.run_name == mini.run_name == row.replace("/", "_")
     assert paper.trainer.accelerator == "gpu"
     assert paper.trainer.devices > 1 or row == "realm/finetune"
