@@ -115,7 +115,7 @@ def test_every_source_is_well_formed() -> None:
     assert all(source.about for source in sources.values())
 
 
-LENGTHS = {  # tokens of a target that is learned, and of an answer that is written: at the paper's size, at the small one
+LENGTHS = {  # tokens of a target that is learned, and of an answer that is written: at the paper's size, the small one
     "jeopardy": ((64, 50), (48, 40)),
     "msmarco": ((128, 100), (128, 100)),
     "fever3": ((6, 6), (6, 6)),
