@@ -1,6 +1,7 @@
 """``rag-lightning evaluate checkpoint=RUN [data.test=F]``: metrics.json and predictions.jsonl of a finished run."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def run(config: DictConfig) -> None:
     ensure_prepared(run_config_of(config.checkpoint))
     model, run_config = load_checkpoint(config.checkpoint)
     apply_overrides(model, config)
+    check_cut_offs(config.module.recall_at, model.settings.num_passages)
     if config.retrieval_only and config.module.token_posteriors:
         raise ConfigError("module.token_posteriors: expected answers to tell of, got retrieval_only=true. Drop one.")
     data = build_data(config, model, run_config)
@@ -54,15 +56,28 @@ def apply_overrides(model: RagModel, config: DictConfig) -> None:
 
 
 def metric_settings(config: DictConfig, run_config: DictConfig | None) -> dict[str, Any]:
-    """Returns which figures of texts to compute, and in whose language: of the command line, else the run's."""
+    """Returns which figures to compute, and in whose language: of the command line, else the run's."""
     settings: dict[str, Any] = {"token_posteriors": config.module.token_posteriors}
-    for name in ("text_metrics", "language"):
+    for name in ("text_metrics", "language", "recall_at"):
         value = config.module[name]
         if value is None and run_config is not None:
             value = run_config.module.get(name)
         if value is not None:
-            settings[name] = list(value) if name == "text_metrics" else value
+            settings[name] = value if name == "language" else list(value)
     return settings
+
+
+def check_cut_offs(recall_at: Sequence[int] | None, num_passages: int) -> None:
+    """Refuses a cut-off that was asked for and that no list of K passages reaches.
+
+    Raises:
+        ConfigError: Names it and K.
+    """
+    if recall_at is not None and max(recall_at, default=0) > num_passages:
+        raise ConfigError(
+            f"module.recall_at: expected cut-offs up to K = {num_passages}, got {max(recall_at)}. "
+            f"Retrieve as many: num_passages={max(recall_at)}."
+        )
 
 
 def build_data(config: DictConfig, model: RagModel, run_config: DictConfig | None) -> RagDataModule:

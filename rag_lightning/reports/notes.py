@@ -27,7 +27,14 @@ def notes_of(
     """
     cells = [line.cell for line in lines]
     used = list({run.name: run for cell in cells for run in cell.runs}.values())
-    notes = [*commit_notes(used), *_data(cells), *_recipes(cells, table), *_scales(used), *_missing(lines)]
+    notes = [
+        *commit_notes(used),
+        *_data(cells),
+        *_recipes(cells, table),
+        *_splits(cells),
+        *_scales(used),
+        *_missing(lines),
+    ]
     others = [run.name for run in runs if run.name not in {one.name for one in used}]
     if others:
         notes.append(f"Not in this table: {_some(others)}.")
@@ -63,6 +70,19 @@ def _recipes(cells: Sequence[Cell], table: PaperTable | None) -> list[str]:
         if run.experiment != table.experiments.get(cell.row)
     }
     return [f"Not the paper's recipe, data or size: {_some(sorted(others))}."] if others else []
+
+
+def _splits(cells: Sequence[Cell]) -> list[str]:
+    """Returns a line that names the runs not tested on the development set, where the paper's figures are of it."""
+    others = [
+        run.name
+        for cell in cells
+        if cell.column.split == "validation"
+        for run in cell.runs
+        if _fingerprint(run, "test") != _fingerprint(run, "validation")
+    ]
+    told = _some(list(dict.fromkeys(others)))
+    return [f"The paper's figures are of the development set; tested on others: {told}."] if others else []
 
 
 def _scales(runs: Sequence[Run]) -> list[str]:

@@ -22,11 +22,13 @@ class Column:
         name: The column's.
         datasets: The choices of ``dataset`` that a run of this column may have; empty where the table has one data set.
         metrics: Keys of ``metrics.json``; the first that a run measured counts.
+        split: Which of a run's files the paper's figures are of: ``test``, or ``validation``.
     """
 
     name: str
     datasets: tuple[str, ...]
     metrics: tuple[str, ...]
+    split: str = "test"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,10 @@ def paper_table(name: str) -> PaperTable:
     told = _tables()[name]
     node = _at(paper_results(), told["source"])
     columns = {
-        key: Column(key, tuple(one.get("dataset", ())), tuple(one["metric"])) for key, one in told["columns"].items()
+        key: Column(
+            key, tuple(one.get("dataset", ())), tuple(one["metric"]), one.get("split", told.get("split", "test"))
+        )
+        for key, one in told["columns"].items()
     }
     figures = _figures(told, node)
     rows = told["rows"] if "rows" in told else list(told["cells"])

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.cli.prepared import with_prepared
 from rag_lightning.corpora.fetch.sources import read_sources
 from rag_lightning.corpora.questions import read_questions
+from rag_lightning.index.factory import index_size
+from rag_lightning.reports.papers import paper_results, paper_table, table_names
 from rag_lightning.utils.io import read_json
 from tests.labelled_files import write_labelled
 from tests.recipe_files import NUMBER, write_published, write_samples
@@ -50,6 +53,8 @@ COLUMNS = {
 }
 HEADS = ("bert/conll2003_ner",)
 NUM_RECIPES = 24
+NUM_FIGURES = 117  # of papers' tables, that headers give
+NUM_CLUES = 1  # of those made up, tested on at the small size: few answers, divided by their hash
 NUM_PAIRS = 85  # rows with each of their columns
 PAIRS = [(row, column) for row, columns in COLUMNS.items() for column in columns]
 DATASETS = sorted({column for _, column in PAIRS})
@@ -67,6 +72,14 @@ def compose(*overrides: str) -> DictConfig:
         return hydra.compose("train", list(overrides))
 
 
+@cache
+def composed(row: str, column: str, scale: str = "paper") -> DictConfig:
+    """Returns a recipe to look at: composed once for all tests, so never to be changed."""
+    config = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", f"scale={scale}")
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
 def test_the_recipes_are_all_here() -> None:
     files = {path.relative_to(CONF / "experiment").with_suffix("").as_posix()
              for paper in PAPERS for path in (CONF / "experiment" / paper).glob("*.yaml")}  # fmt: skip
@@ -82,17 +95,154 @@ def test_the_recipes_are_all_here() -> None:
     assert rows <= files
 
 
+def followed(row: str) -> str:
+    """Returns a recipe's header and those of the recipes that it names, which tell its data and hardware."""
+    rows, queue = [], [row]
+    while queue:
+        one = queue.pop()
+        rows.append(one)
+        paper = one.partition("/")[0]
+        named = [f"{paper}/{name}" for name in re.findall(r"(\w+)\.yaml", header(one))]
+        queue += [other for other in named if other in {*COLUMNS, *HEADS} and other not in (*rows, *queue)]
+    return "\n".join(header(one) for one in rows)
+
+
 @pytest.mark.parametrize("row", [*COLUMNS, *HEADS])
 def test_a_header_tells_what_a_reader_needs(row: str) -> None:
     text = header(row)
     assert f"rag-lightning train experiment={row}" in text
     assert "scale=mini" in text
     assert "Expected" in text
-    assert re.search(r"Hardware: |\.yaml", text), "of its own, or the file that tells"
-    assert re.search(r"rag-lightning data fetch \w|\.yaml", text)
+    assert re.search(r"Hardware: .{0,200}(hour|day|week|minute)", followed(row), re.DOTALL), "its own or its source's"
     known = read_sources(hydra_sources())
-    for command in re.findall(r"rag-lightning data fetch (.*?) output=", text):
+    fetched = re.findall(r"rag-lightning data fetch (.*?) output=", followed(row))
+    assert fetched
+    for command in fetched:
         assert set(command.split()) <= set(known)
+    for command in re.findall(r"rag-lightning evaluate .*", text):
+        assert "trainer=gpu" in command, "an evaluation is on a CPU unless told"
+
+
+def expected_figures() -> list[tuple[str, str, float]]:
+    """Returns each figure of a paper's table that a recipe reproduces on a data set that it takes."""
+    found = []
+    for name in table_names():
+        table = paper_table(name)
+        for row, recipe in table.experiments.items():
+            for column in table.columns.values():
+                figure = table.figure(row, column.name)
+                taken = not column.datasets or set(column.datasets) & set(COLUMNS.get(recipe, ()))
+                if figure is not None and taken:
+                    found.append((recipe, f"{name}/{column.name}", figure))
+    pretrained = paper_table("realm/stale").figures  # measured after fine-tuning, by no recipe alone
+    for recipe, row in (("realm/fresh", "fresh"), ("realm/stale", "stale_30x")):
+        found += [(recipe, column, figure) for column, figure in pretrained[row].items() if figure is not None]
+    return found
+
+
+def test_a_header_gives_each_figure_of_the_paper_with_a_tolerance() -> None:
+    figures = expected_figures()
+    assert len(figures) == NUM_FIGURES
+    told = {*COLUMNS, *HEADS} - {recipe for recipe, _, _ in figures}
+    assert told == {"rag/hotswap", "realm/ict"}, "of evaluations in other corpora; without a published figure"
+    missing = [
+        (recipe, where, figure)
+        for recipe, where, figure in figures
+        if not re.search(rf"(?<![\d.]){re.escape(str(figure))} ± \d", header(recipe))
+    ]
+    assert missing == []
+    swapped = paper_results()["rag"]["index_hot_swap_82_leaders"]
+    for figure in (swapped["matched_2016"], swapped["matched_2018"], *swapped["mismatched"]):
+        assert f"{figure} ± " in header("rag/hotswap")
+
+
+def test_development_sets_are_evaluated_as_the_headers_say() -> None:
+    for row in (row for row in COLUMNS if row.startswith("rag/table6")):
+        text = header(row)
+        assert "data.test=VALIDATION" in text
+        assert "msmarco, fever3, fever2: without data.test" in text, "their test file is the development set"
+    for row in ("rag/table2_rag_token", "rag/table2_rag_sequence", "rag/table6_rag_token", "rag/table6_rag_sequence"):
+        assert "jeopardy, msmarco: num_passages=10" in header(row)
+
+
+def test_the_index_takes_the_memory_that_the_header_says() -> None:
+    factory = composed("rag/table1_rag_token", "nq").index.factory
+    gigabytes = round(index_size(factory, 768).bytes_for(21_015_324) / 1e9)
+    assert f"{gigabytes} GB of memory for the index in each process" in header("rag/table1_rag_token")
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """Returns what papers' recipes say, in their words."""
+    accumulate = config.trainer.get("accumulate_grad_batches", 1)
+    learns = [name for name in ("query_encoder", "passage_encoder", "generator") if config.optim[f"train_{name}"]]
+    rates = {config.optim[f"lr_{name}"] for name in learns}
+    return {
+        "gpus": config.trainer.devices,
+        "batch": config.data.batch_size * accumulate,
+        "accumulate": accumulate,
+        "lr": rates.pop() if len(rates) == 1 else sorted(rates),
+        "schedule": config.optim.schedule,
+        "warmup_steps": config.optim.warmup_steps,
+        "weight_decay": config.optim.weight_decay,
+        "adam_eps": config.optim.eps,
+        "epochs": config.trainer.max_epochs,
+        "steps": config.trainer.max_steps,
+        "clip": config.trainer.gradient_clip_val,
+        "label_smoothing": config.objective.get("label_smoothing"),
+        "hard_negatives": config.objective.get("hard_negatives"),
+        "objective": config.model.objective,
+        "max_source": config.encoder.max_query_tokens,
+        "max_target": config.model.max_target_tokens,
+        "target_tokens": config.model.max_target_tokens,
+        "max_tokens": config.encoder.max_query_tokens + 2,  # and the two that BERT adds
+        "n_docs": config.model.num_passages,
+        "n_contexts": config.model.num_passages,
+        "max_combined": config.model.prompt.max_tokens,
+        "text_tokens": config.model.prompt.max_tokens,
+    }
+
+
+UNLIKE = {"dropout", "attention_dropout", "title_sep", "doc_sep"}
+RECIPES = {  # where a script says its settings; those that it tells in other words (below), or that a header names
+    "rag/table1_rag_sequence": ("rag.recipe_transformers_script", UNLIKE),
+    "rag/table1_rag_token": ("rag.recipe_transformers_script", UNLIKE),
+    "rag_end2end/squad_original": ("rag_end2end.recipe", {"reindex_every_batches", "index"}),
+    "rag_end2end/squad_end2end": ("rag_end2end.recipe", {"reindex_every_batches", "index"}),
+    "atlas/nq_64_shot": (
+        "atlas.recipe_nq_64_shot",
+        {"gpus", "lr_retriever", "loss", "temperature_gold", "temperature_score", "refresh"},
+    ),
+    "dpr/single_nq": ("dpr.recipe", set()),
+    "dpr/single_nq_mined_negatives": ("dpr.recipe", set()),
+}
+
+
+@pytest.mark.parametrize("row", RECIPES)
+def test_a_recipe_has_the_settings_of_the_paper(row: str) -> None:
+    place, apart = RECIPES[row]
+    paper, _, name = place.partition(".")
+    told = dict(paper_results()[paper][name])
+    told["batch"] = told["gpus"] * told.pop("per_gpu_batch") * told.get("accumulate", 1)
+    ours = settings_of(composed(row, COLUMNS[row][0]))
+    assert apart <= set(told)
+    assert {key: ours[key] for key in set(told) - apart} == {key: told[key] for key in set(told) - apart}
+
+
+def test_a_recipe_has_what_its_paper_says_in_other_words() -> None:
+    end2end = composed("rag_end2end/squad_end2end", "squad_open")
+    told = paper_results()["rag_end2end"]["recipe"]
+    assert end2end.reindex.schedule == told["reindex_every_batches"] // told["accumulate"], "batches, of which 8 a step"
+    assert f"{end2end.index.factory}, inner product" == told["index"]
+    assert end2end.model.metric == "inner_product"
+    rag, script = composed("rag/table1_rag_token", "nq"), paper_results()["rag"]["recipe_transformers_script"]
+    assert rag.model.prompt.passage_template == "{title}" + script["title_sep"] + "{text}"
+    assert rag.model.prompt.question_template == script["doc_sep"] + "{question}"
+    atlas, told = composed("atlas/nq_64_shot", "nq"), paper_results()["atlas"]["recipe_nq_64_shot"]
+    ((loss, settings),) = atlas.objective.retriever_losses.items()
+    assert (loss, settings.temperature, settings.atlas_compat) == (told["loss"], told["temperature_gold"], True)
+    assert atlas.model.temperature == pytest.approx(told["temperature_score"] * 768**0.5, abs=5e-4)
+    assert atlas.optim.lr_query_encoder == told["lr_retriever"]
+    assert not atlas.optim.train_passage_encoder, "query-side tuning"
 
 
 def hydra_sources() -> Any:
@@ -106,11 +256,37 @@ def test_every_source_is_well_formed() -> None:
     assert all(source.about for source in sources.values())
 
 
+LENGTHS = {  # tokens of a target that is learned, and of an answer that is written: at the paper's size, the small one
+    "jeopardy": ((64, 50), (48, 40)),
+    "msmarco": ((128, 100), (128, 100)),
+    "fever3": ((6, 6), (6, 6)),
+    "fever2": ((6, 6), (6, 6)),
+}
+OTHER_LENGTHS = {  # of papers whose rows tell them; DPR's read and write nothing
+    "fid/base": (50, 50),
+    "fid/large": (50, 50),
+    "atlas/nq_64_shot": (16, 16),
+    "realm/ict": (32, 24),
+    "realm/fresh": (32, 24),
+    "realm/stale": (32, 24),
+    "realm/finetune": (16, 24),
+}
+
+
+def lengths(row: str, column: str, scale: str) -> tuple[int, int]:
+    return OTHER_LENGTHS.get(row) or LENGTHS.get(column, ((25, 25), (25, 25)))[scale == "mini"]
+
+
 @pytest.mark.parametrize(("row", "column"), PAIRS)
 def test_every_row_composes_with_its_columns(row: str, column: str) -> None:
-    """The paper's size names the paper's parts and the column's data; the small size names none that is downloaded."""
-    paper = compose(f"experiment={row}", f"dataset={column}", "task.folder=D")
-    mini = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", "scale=mini")
+    """The paper's size names the paper's parts and the column's data; the small size names none that is downloaded.
+
+    A row is composed after its column: when RAG's rows told how long answers are, clues were cut at 25 tokens.
+    """
+    paper, mini = composed(row, column), composed(row, column, "mini")
+    for scale, config in (("paper", paper), ("mini", mini)):
+        found = (config.model.max_target_tokens, config.decoding.max_new_tokens)
+        assert found == lengths(row, column, scale) or row.startswith("dpr/"), "which neither reads nor writes"
     assert paper.run_name == mini.run_name == row.replace("/", "_")
     assert paper.trainer.accelerator == "gpu"
     assert paper.trainer.devices > 1 or row == "realm/finetune"
@@ -164,11 +340,12 @@ def test_every_column_is_prepared_at_both_sizes(
         assert words <= set(allowed)
         assert allowed == ["true", "false", "unknown"][: 3 if column == "fever3" else 2]
     if column == "nq_gold":
-        assert (
-            all(question.positive_passage_ids and question.negative_passage_ids for question in train)
-            or scale == "mini"
-        )
-    assert len(test) == {"fever2": 27, "msmarco": NUMBER - 1}.get(column, NUMBER) or column == "jeopardy"
+        assert all(question.positive_passage_ids for question in train)
+        mined = [bool(question.negative_passage_ids) for question in train]
+        assert set(mined) == {scale == "paper"}, "at the small size they are mined first, by a command of the header"
+    divided = {("jeopardy", "mini"): NUM_CLUES}  # one file of which a tenth is tested on
+    whole = {"fever2": 27, "msmarco": NUMBER - 1}.get(column, NUMBER)
+    assert len(test) == divided.get((column, scale), whole)
 
 
 AT_HAND = {  # passages, and questions to train, validate and test on

@@ -183,6 +183,18 @@ def test_evaluate_retrieval_only_repeats_the_recall_and_reads_nothing(run_dir: P
     assert not (tmp_path / "predictions.jsonl").exists()
 
 
+def test_evaluate_measures_recall_at_other_cut_offs(run_dir: Path, cli: Cli, tmp_path: Path) -> None:
+    """Only those of the run were measured, so that DPR's top-100 could not be."""
+    only = (f"checkpoint={run_dir}", "retrieval_only=true", "trainer.enable_progress_bar=false", "num_passages=7")
+    cli("evaluate", tmp_path, *only, "module.recall_at=[2,7]")
+    found = measures(tmp_path)
+    told = {name for name in found if name.startswith(("recall@", "answer_recall@"))}
+    assert told == {"recall@2", "recall@7", "answer_recall@2", "answer_recall@7"}
+    assert found["recall@2"] <= found["recall@7"]
+    with pytest.raises(SystemExit, match=r"recall_at: expected cut-offs up to K = 7, got 100\. .*num_passages=100"):
+        cli("evaluate", tmp_path, *only, "module.recall_at=[7,100]")
+
+
 def test_evaluate_a_closed_book_run(closed_book_dir: Path, cli: Cli, tmp_path: Path) -> None:
     cli("evaluate", tmp_path, f"checkpoint={closed_book_dir}", "trainer.enable_progress_bar=false")
     assert measures(tmp_path) == pytest.approx(measures(closed_book_dir), rel=1e-4)

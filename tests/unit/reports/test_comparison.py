@@ -95,6 +95,27 @@ def test_other_commits_data_and_scales_are_named(cli: Cli, runs: Path) -> None:
     assert "Smaller than the paper's: scale=mini (learned/seed=2)." in text
 
 
+def test_runs_of_the_test_set_beside_figures_of_the_development_set_are_named(cli: Cli, runs: Path) -> None:
+    """Test figures stood beside table 6's without a word; an evaluation on the validation file is what it asks for."""
+
+    def say(name: str, **files: dict[str, str]) -> None:
+        path = runs / name / "run.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "data": {**record["data"], **files}}))
+
+    validation = {"file": "validation.jsonl", "sha256": "cd" * 32}
+    say("learned/seed=0", validation=validation, test=validation)
+    say("learned/seed=1", validation=validation, test={"file": "test.jsonl", "sha256": "ef" * 32})
+    report(cli, runs, "paper=rag/table6", "num_resamples=50")
+    text = (runs / "rag_table6.md").read_text(encoding="utf-8")
+    (told,) = [line for line in text.splitlines() if "figures are of the development set; tested on others:" in line]
+    assert "learned/seed=1" in told
+    assert "frozen/seed=0" in told, "nothing tells its validation file"
+    assert "learned/seed=0" not in told
+    report(cli, runs, "paper=rag/table1", "rows={rag_token: 'learned/*'}", "num_resamples=50")
+    assert "development set" not in (runs / "rag_table1.md").read_text(encoding="utf-8"), "table 1 is of test sets"
+
+
 def test_settings_apart_are_rows_apart(runs: Path) -> None:
     for seed in (0, 1):
         write_run(runs / f"k={seed}", RIGHT_2, seed=seed, choices=NQ, data=runs.parent / "data", settings={"k": 10})

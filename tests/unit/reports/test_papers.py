@@ -57,7 +57,25 @@ def test_the_recipes_of_every_table_exist() -> None:
 def test_recipes_of_table_6_that_exist_are_its_rows() -> None:
     recipes = {path.stem for path in (conf_dir() / "experiment" / "rag").glob("table6_*.yaml")}
     rows = {recipe.partition("/")[2] for recipe in paper_table("rag/table6").experiments.values()}
-    assert recipes <= rows
+    assert len(recipes) == 6
+    assert recipes == rows
+
+
+def test_a_column_says_which_split_its_figures_are_of() -> None:
+    """The development sets of MS-MARCO and FEVER are what is published to be tested on."""
+    splits = {name: column.split for name, column in paper_table("rag/table6").columns.items()}
+    tested = {"msmarco_rouge_l", "msmarco_bleu1", "fever3", "fever2"}
+    assert {name for name, split in splits.items() if split == "test"} == tested
+    assert set(splits.values()) == {"test", "validation"}
+    assert {column.split for column in paper_table("realm/stale").columns.values()} == {"validation"}
+    assert {column.split for column in paper_table("rag/table1").columns.values()} == {"test"}
+
+
+def test_the_ablation_of_pre_training_is_of_no_recipe_of_its_own() -> None:
+    """Its figures are those after fine-tuning: runs of realm/fresh and realm/stale measured something else."""
+    table = paper_table("realm/stale")
+    assert list(table.figures) == ["fresh", "stale_30x"]
+    assert table.experiments == {}
 
 
 def test_an_unknown_table_lists_those_of_the_paper_or_all() -> None:
