@@ -56,7 +56,11 @@ def write_run(
     config: dict[str, Any] = {"seed": seed, "paths": {"run_dir": str(folder)}, "data": {"seed": seed}}
     config |= {"settings": dict(settings or {}), "monitor": f"{folder}/x"}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    record: dict[str, Any] = {"commit": commit, "overrides": [f"seed={seed}"], "choices": dict(choices or {})}
+    record: dict[str, Any] = {
+        "commit": commit,
+        "overrides": [f"seed={seed}"],
+        "choices": {"scale": "paper", **(choices or {})},
+    }
     record["overrides"] += [f"settings.{key}={value}" for key, value in (settings or {}).items()]
     if experiment is not None:
         record["choices"]["experiment"] = experiment

@@ -8,6 +8,8 @@ from rag_lightning.reports.papers import PaperTable
 from rag_lightning.reports.runs import Run
 
 FEW_SEEDS = 5
+PAPER_SCALE = "paper"
+"""The choice of ``conf/scale`` that leaves a recipe at its own size."""
 _SHOWN = 4
 
 
@@ -66,7 +68,7 @@ def _recipes(cells: Sequence[Cell], table: PaperTable | None) -> list[str]:
 
 
 def _scales(runs: Sequence[Run]) -> list[str]:
-    small = [run for run in runs if run.scale not in (None, "full")]
+    small = [run for run in runs if run.scale not in (None, PAPER_SCALE)]
     if not small:
         return []
     named = ", ".join(sorted({f"scale={run.scale}" for run in small}))

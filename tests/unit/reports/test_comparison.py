@@ -60,6 +60,7 @@ def test_each_run_finds_its_row_and_what_is_missing_is_shown(cli: Cli, runs: Pat
     assert "Not measured, and in no mean: frozen/seed=1." in text
     assert "Without a run: rag_token_bm25 (nq_em), rag_sequence_bm25 (nq_em)" in text
     assert "triviaqa_em" not in text
+    assert "Smaller than the paper's" not in text, "scale=paper is the paper's own"
     assert "rag_token − rag_token_frozen, nq_em: exact_match: +37.5 [" in text
     assert "paired by questions" in text
     told = json.loads((runs / "rag_table6.json").read_text(encoding="utf-8"))
