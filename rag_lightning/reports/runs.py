@@ -17,7 +17,7 @@ from rag_lightning.utils.io import existing_file, read_json
 
 CONFIG_FILE, RUN_FILE, EVALUATION_FILE = "config.yaml", "run.json", "evaluation.json"
 PREDICTIONS_FILE = "predictions.jsonl"
-NOT_SETTINGS = ("paths", "run_name", "resume", "logger", "sweep_metric", "hydra")
+NOT_SETTINGS = ("paths", "run_name", "resume", "logger", "tracking", "sweep_metric", "hydra")
 """Top keys that change no figure: where a run writes, and what it tells whom."""
 NOT_FIGURES = ("seed", "enable_progress_bar", "progress", "cache_dir", "index_dir", "token_posteriors")
 """Keys of any depth that do not tell one group of runs from another."""

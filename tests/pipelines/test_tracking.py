@@ -2,14 +2,18 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from rag_lightning.cli import run_pictures
 from rag_lightning.errors import ConfigError, MissingExtraError
+from rag_lightning.reports.logs import read_log
 from rag_lightning.training.tracking import (
     TrackingCallback,
     mlflow_logger,
@@ -74,8 +78,7 @@ def wandb_run(cli: Cli, tiny_train: list[str], tmp_path_factory: pytest.TempPath
         patch.setenv("MY_SECRET", MARKER)
         secret = "data.cache_dir='" + str(folder.parent) + "/${oc.env:SECRET_TOKEN_FOR_TEST}'"
         arguments = [*tiny_train, "logger=wandb", "logger.offline=true", "run_name=tracked", secret]
-        folder.mkdir()
-        Image.new("RGB", (2, 2), "red").save(folder / "curve.png")
+        arguments += ["tracking.plots=true", "module.token_posteriors=true"]
         cli("train", folder, *arguments, "+logger_notes.api_key=shown-to-nobody")
         wandb.finish()
         wandb.teardown()  # ends its service too, which writes the last of the file after finish() has returned
@@ -180,10 +183,64 @@ def test_wandb_summarises_and_draws_the_signs_of_a_collapse(wandb_run: tuple[Pat
     assert logged["retrieval_collapse/retrieval_utility"] == logged["val/retrieval_utility"]
 
 
-def test_wandb_gets_the_plots_of_the_run(wandb_run: tuple[Path, Path]) -> None:
+def test_wandb_gets_the_plots_that_the_run_draws(wandb_run: tuple[Path, Path]) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
     folder, offline = wandb_run
-    (picture,) = offline.glob("files/media/images/plots/curve_*.png")
-    assert picture.read_bytes() == (folder / "curve.png").read_bytes()
+    for name in ("learning_curves", "index_age", "calibration", "heatmap_1"):
+        (picture,) = offline.glob(f"files/media/images/plots/{name}_*.png")
+        assert picture.read_bytes() == (folder / f"{name}.png").read_bytes()
+        with Image.open(picture) as image:
+            assert min(image.size) > 300
+    states = [
+        state
+        for name, state in torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
+        if name.startswith("TrackingCallback")
+    ]
+    rows = states[0]["history"]
+    assert [row["step"] for row in rows if "train/loss" in row] == [0, 1], "kept without any log file"
+    assert [row["step"] for row in rows if "val/exact_match" in row] == [1]
+
+
+def test_what_cannot_be_drawn_is_told_and_loses_no_run(
+    cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rag_lightning")
+    history = [{"step": 0.0, "train/loss": 2.0}]
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
+    run_pictures.draw_run(tmp_path, history, name="a")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png"}
+    assert "learning_curves.png; not index_age: index age: expected validations" in caplog.text
+    assert "heatmap_1: heat map: expected token posteriors, found none" in caplog.text
+
+    drawn = []
+
+    def failing(logs: dict[str, Any], *, path: Path) -> None:
+        drawn.append(logs)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run_pictures, "plot_learning_curves", failing)
+    validated = ["trainer.val_check_interval=1", "monitor=val/nll", "callbacks.checkpoint.mode=max"]
+    cli("train", tmp_path / "run", *tiny_train, "logger=csv", "tracking.plots=true", *validated)
+    assert (tmp_path / "run" / "model" / "rag_config.json").is_file()
+    log = read_log(tmp_path / "run")
+    nll = [row["val/nll"] for row in log if "val/nll" in row]
+    ((rows,),) = drawn[0].values()
+    assert [row["val/nll"] for row in rows if "val/nll" in row] == pytest.approx(nll)
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(
+        [row["train/loss"] for row in log if "train/loss" in row]
+    )
+    summary = read_json(tmp_path / "run" / "logs" / "version_0" / "summary.json")
+    assert nll[1] < nll[0], "so the first step's checkpoint is the one that is tested, and says nothing of the last"
+    assert (summary["last/val/nll"], summary["best/val/nll"]) == pytest.approx((nll[1], nll[1]))
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    caplog.set_level("INFO", "rag_lightning")
+    caplog.clear()
+    run_pictures.draw_run(tmp_path, history, name="a")
+    assert "the run is not drawn: " in caplog.text
+    assert "rag_lightning[plots]" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a copy is resumed, so that other tests find theirs
