@@ -33,7 +33,8 @@ SIGNS = (
     "index/age_steps",
 )
 LOWER_IS_BETTER = ("nll", "loss")
-NEITHER = ("entropy", "ratio")
+NEITHER = ("entropy", "ratio", "index_age_steps")
+"""Of these no value is the best."""
 MAX_HISTORY = 4000
 """Rows of the history; of a longer run every second one is forgotten."""
 
