@@ -78,4 +78,12 @@ def write_run(
     return folder
 
 
+def write_job(folder: Path, *overrides: str, seed: int) -> Path:
+    """The folder of a sweep's job that has not started."""
+    folder.mkdir(parents=True)
+    told = {"number": 1, "overrides": [*overrides, f"seed={seed}"], "config": {"seed": seed}, "status": "planned"}
+    (folder / "sweep_job.json").write_text(json.dumps(told), encoding="utf-8")
+    return folder
+
+
 FILES = {"test": "questions.jsonl", "passages": "passages.jsonl"}

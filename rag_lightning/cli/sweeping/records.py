@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rag_lightning.errors import DataError
+from rag_lightning.reports.runs import JOB_FILE
 from rag_lightning.utils.io import read_json, write_json
 
-RECORD_FILE = "sweep_job.json"
+RECORD_FILE = JOB_FILE
 Status = Literal["planned", "running", "finished", "pruned", "failed"]
 NOT_COMPARED = ("paths", "resume", "tracking")
 
