@@ -32,11 +32,22 @@ COMPARING = ("paper", "rows", "compare", "column", "num_seeds")
 FINDINGS = ("findings",)
 ANSWERS = ("errors", "plots", "page")
 PLAIN = ("order", "curve")
+DEFAULTS: dict[str, Any] = {
+    "metrics": ["exact_match", "recall@1", "recall@5"],
+    "num_resamples": 2000,
+    "num_heatmaps": 3,
+    "page_passages": 10,
+}
+"""Of settings that only some reports read; null in conf/, so that one which is given and not read is refused."""
 
 
 def run(config: DictConfig) -> None:
     """Prints and writes what was asked for, the short table where nothing was."""
     _check(config)
+    config = config.copy()
+    for name, value in DEFAULTS.items():
+        if config[name] is None:
+            config[name] = value
     if config.predictions is not None:
         page_of_file(config)
         return
@@ -72,6 +83,21 @@ def _check(config: DictConfig) -> None:
         )
     if config.output is not None and config.predictions is None:
         raise ConfigError("output: expected predictions=FILE with it; what is told of runs is written beside them")
+    _check_read(config)
+
+
+def _check_read(config: DictConfig) -> None:
+    """Refuses a setting of a report that was not asked for."""
+    grouped = config.paper is None and bool(_given(config, COMPARING))
+    readers = {
+        "metrics": (config.curve is not None or grouped, "curve, or rows, compare or num_seeds without a paper, "),
+        "num_resamples": (bool(_given(config, (*COMPARING, *FINDINGS))), "paper, rows, compare or findings"),
+        "num_heatmaps": (bool(config.plots), "plots=true"),
+        "page_passages": (bool(config.page) or config.predictions is not None, "page=true or predictions=FILE"),
+    }
+    for name, (is_read, wanted) in readers.items():
+        if config[name] is not None and not is_read:
+            raise ConfigError(f"{name}: expected {wanted.strip(', ')} with it, got none: nothing would read it")
 
 
 def _given(config: DictConfig, names: Sequence[str]) -> list[str]:

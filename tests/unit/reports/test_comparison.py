@@ -236,6 +236,13 @@ def test_seeds_alone_are_drawn_where_predictions_are_gone(runs: Path) -> None:
         (["column=nq_em"], "column: expected paper=TABLE with it"),
         (["paper=rag/table6", "curve=seed"], "report: curve: ask for it in a report of its own"),
         (["questions=x"], "questions, passages: expected errors, plots, page or paper with them"),
+        (
+            ["paper=rag/table6", "metrics=[f1]"],
+            "metrics: expected curve, or rows, compare or num_seeds without a paper",
+        ),
+        (["num_resamples=50"], "num_resamples: expected paper, rows, compare or findings with it, got none"),
+        (["errors=true", "num_heatmaps=0"], "num_heatmaps: expected plots=true with it"),
+        (["plots=true", "page_passages=3"], "page_passages: expected page=true or predictions=FILE with it"),
         (["output=x.html"], "output: expected predictions=FILE with it"),
         (["predictions=x"], "expected runs=DIR, or predictions=FILE with questions=FILE; one of them"),
     ],
