@@ -420,5 +420,5 @@ def cli() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def tiny_train(tiny_model_overrides: list[str], tiny_data_overrides: list[str]) -> list[str]:
-    """Command-line settings of a two-step training in the tiny world."""
-    return ["debug=fast", *tiny_model_overrides, *tiny_data_overrides]
+    """Command-line settings of a two-step training in the tiny world, which draws no pictures: they take a second."""
+    return ["debug=fast", *tiny_model_overrides, *tiny_data_overrides, "tracking.plots=false"]

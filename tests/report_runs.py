@@ -56,7 +56,11 @@ def write_run(
     config: dict[str, Any] = {"seed": seed, "paths": {"run_dir": str(folder)}, "data": {"seed": seed}}
     config |= {"settings": dict(settings or {}), "monitor": f"{folder}/x"}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    record: dict[str, Any] = {"commit": commit, "overrides": [f"seed={seed}"], "choices": dict(choices or {})}
+    record: dict[str, Any] = {
+        "commit": commit,
+        "overrides": [f"seed={seed}"],
+        "choices": {"scale": "paper", **(choices or {})},
+    }
     record["overrides"] += [f"settings.{key}={value}" for key, value in (settings or {}).items()]
     if experiment is not None:
         record["choices"]["experiment"] = experiment
@@ -71,6 +75,14 @@ def write_run(
         (folder / "metrics.json").write_text(json.dumps(figures), encoding="utf-8")
     elif metrics is not None:
         (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return folder
+
+
+def write_job(folder: Path, *overrides: str, seed: int) -> Path:
+    """The folder of a sweep's job that has not started."""
+    folder.mkdir(parents=True)
+    told = {"number": 1, "overrides": [*overrides, f"seed={seed}"], "config": {"seed": seed}, "status": "planned"}
+    (folder / "sweep_job.json").write_text(json.dumps(told), encoding="utf-8")
     return folder
 
 

@@ -1,12 +1,13 @@
 """``rag-lightning report runs=DIR …``: tables, pictures and pages of finished runs, beside what papers report.
 
-Without further settings one table of the runs under a folder, also as ``results.json``. With ``curve``, runs of a sweep
+Without further settings one table of the runs under a folder, also as ``results.json``; what has not finished is a row
+of dashes there, and what the runs differ in stands below. With ``curve``, runs of a sweep
 that differ in their seed alone are one row, and ``curve.png`` draws the metrics. ``paper``, ``rows``, ``compare``,
 ``findings`` are :mod:`rag_lightning.cli.report_paper`'s, ``errors``, ``plots`` and ``page``
 :mod:`rag_lightning.cli.report_answers`'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,32 @@ from rag_lightning.cli.report_paper import report_findings, report_paper
 from rag_lightning.errors import ConfigError
 from rag_lightning.reports.collect import collect_runs, summary
 from rag_lightning.reports.groups import by_setting, spreads
+from rag_lightning.reports.notes import list_notes
 from rag_lightning.reports.plots import plot_curve
 from rag_lightning.reports.runs import find_runs
-from rag_lightning.reports.tables import NOT_MEASURED, markdown_table, screen_table
+from rag_lightning.reports.tables import NOT_MEASURED, listed, markdown_table, screen_table
 from rag_lightning.utils.io import write_json
 
 COMPARING = ("paper", "rows", "compare", "column", "num_seeds")
 FINDINGS = ("findings",)
 ANSWERS = ("errors", "plots", "page")
 PLAIN = ("order", "curve")
+DEFAULTS: dict[str, Any] = {
+    "metrics": ["exact_match", "recall@1", "recall@5"],
+    "num_resamples": 2000,
+    "num_heatmaps": 3,
+    "page_passages": 10,
+}
+"""Of settings that only some reports read; null in conf/, so that one which is given and not read is refused."""
 
 
 def run(config: DictConfig) -> None:
     """Prints and writes what was asked for, the short table where nothing was."""
     _check(config)
+    config = config.copy()
+    for name, value in DEFAULTS.items():
+        if config[name] is None:
+            config[name] = value
     if config.predictions is not None:
         page_of_file(config)
         return
@@ -70,6 +83,21 @@ def _check(config: DictConfig) -> None:
         )
     if config.output is not None and config.predictions is None:
         raise ConfigError("output: expected predictions=FILE with it; what is told of runs is written beside them")
+    _check_read(config)
+
+
+def _check_read(config: DictConfig) -> None:
+    """Refuses a setting of a report that was not asked for."""
+    grouped = config.paper is None and bool(_given(config, COMPARING))
+    readers = {
+        "metrics": (config.curve is not None or grouped, "curve, or rows, compare or num_seeds without a paper, "),
+        "num_resamples": (bool(_given(config, (*COMPARING, *FINDINGS))), "paper, rows, compare or findings"),
+        "num_heatmaps": (bool(config.plots), "plots=true"),
+        "page_passages": (bool(config.page) or config.predictions is not None, "page=true or predictions=FILE"),
+    }
+    for name, (is_read, wanted) in readers.items():
+        if config[name] is not None and not is_read:
+            raise ConfigError(f"{name}: expected {wanted.strip(', ')} with it, got none: nothing would read it")
 
 
 def _given(config: DictConfig, names: Sequence[str]) -> list[str]:
@@ -78,15 +106,21 @@ def _given(config: DictConfig, names: Sequence[str]) -> list[str]:
 
 def _short(config: DictConfig, folder: Path) -> None:
     """Prints the short table and writes ``results.json`` and ``results.md``; or the curve."""
-    runs = collect_runs(folder)
+    finished = collect_runs(folder)
+    found = find_runs(folder, direct=True)
+    notes = list_notes(found)
+    runs: dict[str, dict[str, Any] | None] = {**finished, **{run.name: None for run in found if run.metrics is None}}
     if config.curve is not None:
-        _curve(config, folder, runs)
-        return
-    if config.order is not None:
-        runs = {name: runs[name] for name in config.order if name in runs} | runs
-    write_json(folder / "results.json", {name: summary(metrics) for name, metrics in runs.items()})
-    (folder / "results.md").write_text(markdown_table(runs) + "\n", encoding="utf-8")
-    Console().print(screen_table(runs, str(folder)))
+        _curve(config, folder, runs, notes)
+    else:
+        if config.order is not None:
+            runs = {name: runs[name] for name in config.order if name in runs} | runs
+        told = {name: summary(metrics) for name, metrics in runs.items() if metrics is not None}
+        write_json(folder / "results.json", told)
+        (folder / "results.md").write_text(markdown_table(runs, notes) + "\n", encoding="utf-8")
+        Console().print(screen_table(runs, str(folder)))
+    for note in notes:
+        Console().print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _told(value: object) -> str:
@@ -106,8 +140,9 @@ def _natural(value: str) -> tuple[bool, float, str]:
         return True, 0.0, value
 
 
-def _curve(config: DictConfig, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
-    groups = by_setting(runs, config.curve)
+def _curve(config: DictConfig, folder: Path, runs: Mapping[str, dict[str, Any] | None], notes: Sequence[str]) -> None:
+    groups = by_setting({name: metrics or {} for name, metrics in runs.items()}, config.curve)
+    wanted = max(len(members) for members in groups.values())
     order = sorted(groups, key=_natural) if config.order is None else [_told(value) for value in config.order]
     groups = {value: groups[value] for value in [name for name in order if name in groups]} | groups
     curves = {metric: spreads(groups, metric) for metric in config.metrics}
@@ -117,11 +152,12 @@ def _curve(config: DictConfig, folder: Path, runs: dict[str, dict[str, Any]]) ->
         table.add_column(column)
     for value, members in groups.items():
         cells = [str(points[value]) if value in points else NOT_MEASURED for points in curves.values()]
-        row = [value, str(len(members)), *cells]
+        measured = sum(one != {} for one in members)
+        row = [value, str(measured) if measured == wanted else f"{measured} of {wanted}", *cells]
         table.add_row(*row)
         lines.append(f"| {' | '.join(row)} |")
     figures = {metric: {value: asdict(point) for value, point in points.items()} for metric, points in curves.items()}
     write_json(folder / "curve.json", {"setting": config.curve, "curves": figures})
-    (folder / "curve.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "curve.md").write_text("\n".join(lines) + listed(notes) + "\n", encoding="utf-8")
     plot_curve(curves, setting=config.curve, path=folder / "curve.png")
     Console().print(table)

@@ -18,6 +18,7 @@ from rag_lightning.reports.comparison import Cell, cells_of_groups
 from rag_lightning.reports.comparison_tables import ERROR_HEADINGS, error_rows, latex, markdown, screen
 from rag_lightning.reports.error_analysis import ErrorCounts, Judged, judge
 from rag_lightning.reports.logs import read_log
+from rag_lightning.reports.notes import commit_notes, data_notes
 from rag_lightning.reports.page import write_page
 from rag_lightning.reports.plots import plot_token_posteriors
 from rag_lightning.reports.run_plots import plot_calibration, plot_index_age, plot_learning_curves
@@ -64,7 +65,10 @@ def report_answers(config: DictConfig, folder: Path, runs: Sequence[Run]) -> Non
         reasons = "; ".join(f"{name}: {reason}" for name, reason in lacking.items())
         raise MissingFileError(f"report: expected runs whose answers can be judged, found none. {reasons}")
     if config.errors:
-        _errors(folder, {name: ErrorCounts.sum([one[0] for one in parts]) for name, parts in seen.items()}, lacking)
+        judged_runs = [run for cell in groups for run in cell.runs if run.name not in lacking]
+        notes = [*commit_notes(judged_runs), *data_notes(judged_runs)]
+        notes += [f"Left out: {name} ({reason})." for name, reason in lacking.items()]
+        _errors(folder, {name: ErrorCounts.sum([one[0] for one in parts]) for name, parts in seen.items()}, notes)
     if config.plots:
         _pictures(config, folder, groups, seen, told)
 
@@ -121,9 +125,9 @@ def _probabilities(judged: Sequence[Judged]) -> tuple[list[float], list[bool]]:
     return np.exp(likelihoods).tolist(), [one.verdict == "right" for one in judged]
 
 
-def _errors(folder: Path, counts: Mapping[str, ErrorCounts], lacking: Mapping[str, str]) -> None:
+def _errors(folder: Path, counts: Mapping[str, ErrorCounts], differing: Sequence[str]) -> None:
     rows = error_rows(counts)
-    notes = [PAPERS_SHARE, *(f"Left out: {name} ({reason})." for name, reason in lacking.items())]
+    notes = [PAPERS_SHARE, *differing]
     listed = "".join(f"\n- {note}" for note in notes)
     text = f"{ERRORS_TITLE}.\n\n{markdown(ERROR_HEADINGS, rows)}\n{listed}\n"
     (folder / "errors.md").write_text(text, encoding="utf-8")

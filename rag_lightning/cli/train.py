@@ -23,6 +23,7 @@ from rag_lightning.cli.build import (
 )
 from rag_lightning.cli.prepared import check_languages, prepares, with_prepared
 from rag_lightning.cli.record import record_run
+from rag_lightning.cli.run_pictures import draw_run
 from rag_lightning.cli.sweeping.job import job_folder
 from rag_lightning.errors import ConfigError, MissingExtraError, MissingFileError
 from rag_lightning.methods.curriculum.walk import Walk
@@ -67,6 +68,8 @@ def run(config: DictConfig) -> float | None:
         _record_seconds(folder, time.perf_counter() - start)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrackingCallback):
+                if callback.plots and callback.trackers:
+                    draw_run(folder, callback.history, name=config.run_name)
                 callback.finish(folder)
     return _sweep_metric(trainer, config, fitted)
 

@@ -1,5 +1,6 @@
 """What finished runs measured, read from their ``metrics.json``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def collect_runs(folder: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
-def summary(metrics: dict[str, Any]) -> dict[str, float]:
+def summary(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of the short table, fractions of 1 and seconds; a run that retrieves nothing recalls 0."""
     figures = {name: float(metrics.get(name, 0.0)) for name in ("exact_match", "f1", *RECALLS)}
     return figures | {"seconds": float(metrics.get("seconds", 0.0))}

@@ -1,13 +1,15 @@
 """What a reader of a table must know before believing it, a line each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rag_lightning.reports.comparison import Cell, Line, Pair
 from rag_lightning.reports.papers import PaperTable
 from rag_lightning.reports.runs import Run
 
 FEW_SEEDS = 5
+PAPER_SCALE = "paper"
+"""The choice of ``conf/scale`` that leaves a recipe at its own size."""
+DATA = ("test", "validation", "train", "passages")
 _SHOWN = 4
 
 
@@ -43,7 +45,7 @@ def notes_of(
 
 def commit_notes(runs: Sequence[Run]) -> list[str]:
     """Returns a line where runs are of several commits, and one where files differed from theirs."""
-    notes = _differing("commits", runs, lambda run: _short(run.commit))
+    notes = _differing("commits", runs, lambda run: (_short(run.commit),) * 2)
     if any("+" in (run.commit or "") for run in runs):
         notes.append("A + behind a commit: files differed from it.")
     return notes
@@ -54,9 +56,27 @@ def _data(cells: Sequence[Cell]) -> list[str]:
     notes = []
     for column in dict.fromkeys(cell.column.name for cell in cells):
         runs = [run for cell in cells if cell.column.name == column for run in cell.runs]
-        for name in ("test", "validation", "train", "passages"):
+        for name in DATA:
             notes += _differing(f"{name} data in {column}", runs, lambda run, name=name: _fingerprint(run, name))
     return list(dict.fromkeys(notes))
+
+
+def data_notes(runs: Sequence[Run]) -> list[str]:
+    """Returns a line for each file of which runs read different ones, told by its hash; of those that read one."""
+    names = [*DATA, *(name for run in runs for name in run.record.get("data") or {})]
+    notes = []
+    for name in dict.fromkeys(names):
+        having = [run for run in runs if run.data_file(name) is not None]
+        notes += _differing(f"{name} data", having, lambda run, name=name: _fingerprint(run, name))
+    return notes
+
+
+def list_notes(runs: Sequence[Run]) -> list[str]:
+    """Returns what to write under a plain list of runs: several commits, different data, runs without figures."""
+    measured = [run for run in runs if run.metrics is not None]
+    others = [run.name for run in runs if run.metrics is None]
+    lacking = [f"Without figures (not finished, failed or pruned), and in no mean: {_some(others)}."] if others else []
+    return [*commit_notes(measured), *data_notes(measured), *lacking]
 
 
 def _recipes(cells: Sequence[Cell], table: PaperTable | None) -> list[str]:
@@ -86,7 +106,7 @@ def _splits(cells: Sequence[Cell]) -> list[str]:
 
 
 def _scales(runs: Sequence[Run]) -> list[str]:
-    small = [run for run in runs if run.scale not in (None, "full")]
+    small = [run for run in runs if run.scale not in (None, PAPER_SCALE)]
     if not small:
         return []
     named = ", ".join(sorted({f"scale={run.scale}" for run in small}))
@@ -127,25 +147,34 @@ def interval_notes(told: Sequence[str], counts: Sequence[int]) -> list[str]:
     return [f"Intervals: 95 %, percentiles of a bootstrap over {', or over '.join(drawn)}{few}."]
 
 
-def _differing(what: str, runs: Sequence[Run], tell: Callable[..., Any]) -> list[str]:
-    """Returns a line that names which runs are of which, where they are not all of one."""
+def _differing(what: str, runs: Sequence[Run], tell: Callable[..., tuple[str, str]]) -> list[str]:
+    """Returns a line that names which runs are of which, where they are not all of one.
+
+    Args:
+        what: Differs.
+        runs: To compare.
+        tell: Returns of a run by what it is compared, and how that is shown.
+    """
     told: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
     for run in runs:
-        told.setdefault(str(tell(run)), []).append(run.name)
+        key, label = tell(run)
+        told.setdefault(key, []).append(run.name)
+        shown.setdefault(key, label)
     if len(told) < 2:
         return []
-    parts = "; ".join(f"{value}: {_some(list(dict.fromkeys(names)))}" for value, names in told.items())
+    parts = "; ".join(f"{shown[key]}: {_some(list(dict.fromkeys(names)))}" for key, names in told.items())
     return [f"Different {what}: {parts}."]
 
 
-def _fingerprint(run: Run, name: str) -> str:
-    """Returns the start of a file's hash; its name of a run that is older than the record."""
+def _fingerprint(run: Run, name: str) -> tuple[str, str]:
+    """Returns a file's hash, and its name with the start of it; of a run that is older than the record its name."""
     told = (run.record.get("data") or {}).get(name)
-    return (
-        f"{told['file']} #{told.get('sha256', 'unknown')[:8]}"
-        if told is not None
-        else str(run.data_file(name) or "none told")
-    )
+    digest = told.get("sha256") if told is not None else None
+    if told is None or digest is None:  # such a file can be told from another by its place alone
+        place = f"{told['file']} #unknown" if told is not None else str(run.data_file(name) or "none told")
+        return place, place
+    return digest, f"{told['file']} #{digest[:8]}"
 
 
 def _short(commit: str | None) -> str:

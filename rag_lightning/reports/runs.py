@@ -16,8 +16,12 @@ from rag_lightning.utils.hashing import hash_texts
 from rag_lightning.utils.io import existing_file, read_json
 
 CONFIG_FILE, RUN_FILE, EVALUATION_FILE = "config.yaml", "run.json", "evaluation.json"
+JOB_FILE = "sweep_job.json"
+"""What a sweep leaves of a job before the job starts."""
 PREDICTIONS_FILE = "predictions.jsonl"
-NOT_SETTINGS = ("paths", "run_name", "resume", "logger", "sweep_metric", "hydra")
+CHOICES = ("experiment", "dataset", "task", "scale")
+"""Groups by which a table finds a run's place."""
+NOT_SETTINGS = ("paths", "run_name", "resume", "logger", "tracking", "sweep_metric", "hydra")
 """Top keys that change no figure: where a run writes, and what it tells whom."""
 NOT_FIGURES = ("seed", "enable_progress_bar", "progress", "cache_dir", "index_dir", "token_posteriors")
 """Keys of any depth that do not tell one group of runs from another."""
@@ -33,7 +37,8 @@ class Run:
         name: Its place under the folder that was searched.
         folder: Where it is.
         config: Its configuration, resolved; empty where none was kept.
-        record: Of ``run.json`` or ``evaluation.json``; empty of a run that is older than these.
+        record: Of ``run.json`` or ``evaluation.json``; of a sweep's job that has not started, what its command line
+            said, and ``planned``; empty of a run that is older than these.
         metrics: What it measured; None of a run that has not finished.
     """
 
@@ -99,6 +104,8 @@ class Run:
 
         An evaluation is told by its checkpoint's configuration and its own settings.
         """
+        if self.record.get("planned", False):
+            return hash_texts(["planned", *sorted(self.overrides), str(self.experiment), str(self.dataset)])
         if not self.config:
             return hash_texts([self.name])
         own = str((self.config.get("paths") or {}).get("run_dir", self.folder))
@@ -108,15 +115,20 @@ class Run:
         return hash_texts([text, *sorted(further)])
 
 
-def find_runs(place: Path) -> list[Run]:
-    """Returns the runs at or under a folder, in the order of their names, finished or not.
+def find_runs(place: Path, *, direct: bool = False) -> list[Run]:
+    """Returns the runs at or under a folder, in the order of their names, finished or not, or not even started.
+
+    Args:
+        place: The folder.
+        direct: Look no deeper than the folders in it.
 
     Raises:
         MissingFileError: No such folder, or no run in it.
         DataError: A file that a run left is broken; names it.
     """
     existing_file(place, "runs")
-    runs = [_read(folder, place) for folder in _run_folders(place)]
+    folders = [path for path in _folders(place) if _is_run(path)] if direct else _run_folders(place)
+    runs = [_read(folder, place) for folder in folders]
     if not runs:
         raise MissingFileError(
             f"runs: expected run folders with {METRICS_FILE} or {CONFIG_FILE} in {place} or below, found none."
@@ -138,30 +150,60 @@ def matching(runs: Sequence[Run], pattern: str) -> list[Run]:
 
 
 def by_signature(runs: Sequence[Run]) -> list[list[Run]]:
-    """Returns the runs in groups that differ in their seed alone."""
+    """Returns the runs in groups that differ in their seed alone.
+
+    A job that has not started has no resolved configuration; it belongs to the run whose command line said the same.
+    """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    planned = [run for run in runs if run.record.get("planned", False)]
+    for run in [run for run in runs if run not in planned]:
         groups.setdefault(run.signature, []).append(run)
+    for run in planned:
+        same = [key for key, members in groups.items() if any(_is_sibling(run, one) for one in members)]
+        groups.setdefault(same[0] if same else run.signature, []).append(run)
     return list(groups.values())
 
 
+def _is_sibling(run: Run, other: Run) -> bool:
+    """Whether the command line said the same of both, less their seeds."""
+    alike = (run.experiment, run.dataset, run.scale) == (other.experiment, other.dataset, other.scale)
+    return alike and sorted(run.overrides) == sorted(other.overrides)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (METRICS_FILE, RUN_FILE, EVALUATION_FILE, CONFIG_FILE, JOB_FILE))
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _run_folders(place: Path) -> list[Path]:
-    if any((place / name).is_file() for name in (METRICS_FILE, RUN_FILE, EVALUATION_FILE, CONFIG_FILE)):
-        return [place]
-    below = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [folder for path in below for folder in _run_folders(path)]
+    return [place] if _is_run(place) else [folder for path in _folders(place) for folder in _run_folders(path)]
 
 
 def _read(folder: Path, root: Path) -> Run:
     name = folder.relative_to(root).as_posix() if folder != root else folder.absolute().name
-    evaluation, run = folder / EVALUATION_FILE, folder / RUN_FILE
-    path = run if run.is_file() else evaluation
-    record = _object(path) if path.is_file() else {}
+    kept = [folder / file for file in (RUN_FILE, EVALUATION_FILE) if (folder / file).is_file()]
+    job = folder / JOB_FILE
+    record = _object(kept[0]) if kept else _planned(_object(job)) if job.is_file() else {}
     configured = folder / CONFIG_FILE
     if not configured.is_file() and "checkpoint" in record:
         configured = Path(record["checkpoint"]) / CONFIG_FILE
     metrics = _object(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
-    return Run(name, folder, _config(configured) if configured.is_file() else {}, record, metrics)
+    config = _config(configured) if configured.is_file() else {}
+    if not config and not kept and job.is_file():
+        config, record = {"seed": (_object(job).get("config") or {}).get("seed")}, {**record, "planned": True}
+    return Run(name, folder, config, record, metrics)
+
+
+def _planned(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a job's command line says of the run that it is to be."""
+    overrides = [str(text) for text in job.get("overrides") or ()]
+    given = {name.lstrip("+"): value.strip("'\"") for name, _, value in (text.partition("=") for text in overrides)}
+    choices = {name: given[name] for name in CHOICES if name in given}
+    told = {"overrides": overrides, "choices": {"scale": "paper", **choices}}
+    return told | ({"checkpoint": given["checkpoint"]} if "checkpoint" in given else {})
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -296,16 +296,11 @@ def check_report(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:
     config = compose("report", "runs=outputs/x", "order=[b,a]")
     told = OmegaConf.to_container(config, resolve=True)
     assert isinstance(told, dict)
-    off = "curve paper rows column compare findings num_seeds errors plots page predictions questions passages output"
-    assert [told.pop(name) for name in off.split()] == [None] * 7 + [False] * 3 + [None] * 4
-    assert told == {
-        "runs": "outputs/x",
-        "order": ["b", "a"],
-        "metrics": ["exact_match", "recall@1", "recall@5"],
-        "num_resamples": 2000,
-        "num_heatmaps": 3,
-        "page_passages": 10,
-    }
+    off = "curve paper rows column compare findings num_seeds errors plots page".split()
+    assert [told.pop(name) for name in off] == [None] * 7 + [False] * 3
+    unset = "predictions questions passages output metrics num_resamples num_heatmaps page_passages".split()
+    assert [told.pop(name) for name in unset] == [None] * 8, "what is null and given is refused where nothing reads it"
+    assert told == {"runs": "outputs/x", "order": ["b", "a"]}
 
 
 def check_mine(compose: Compose, tiny_overrides: Any, tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from PIL import Image
 
+from rag_lightning.cli import run_pictures
+from rag_lightning.cli.hydra_app import CHECKOUT_CONF
 from rag_lightning.errors import ConfigError, MissingExtraError
+from rag_lightning.reports.logs import read_log
 from rag_lightning.training.tracking import (
     TrackingCallback,
     mlflow_logger,
@@ -24,6 +30,21 @@ from rag_lightning.utils.io import read_json
 
 MARKER = "abc123xyz-marker-of-the-environment"
 Cli = Callable[..., None]
+
+
+SECRETS = (
+    "+notes.password=918273645",
+    "+notes.uri='postgresql://me:shown-to-nobody@h/db'",
+    "+notes.authToken=shown-to-nobody",
+)
+
+
+def assert_no_secret(folder: Path) -> None:
+    """Looks into all that a tracker wrote; a password may be a number."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) >= 2
+    for path in files:
+        assert not any(secret in path.read_bytes() for secret in (b"918273645", b"shown-to-nobody")), path
 
 
 def records_of(run_file: Path) -> list[Any]:
@@ -74,8 +95,7 @@ def wandb_run(cli: Cli, tiny_train: list[str], tmp_path_factory: pytest.TempPath
         patch.setenv("MY_SECRET", MARKER)
         secret = "data.cache_dir='" + str(folder.parent) + "/${oc.env:SECRET_TOKEN_FOR_TEST}'"
         arguments = [*tiny_train, "logger=wandb", "logger.offline=true", "run_name=tracked", secret]
-        folder.mkdir()
-        Image.new("RGB", (2, 2), "red").save(folder / "curve.png")
+        arguments += ["tracking.plots=true", "module.token_posteriors=true"]
         cli("train", folder, *arguments, "+logger_notes.api_key=shown-to-nobody")
         wandb.finish()
         wandb.teardown()  # ends its service too, which writes the last of the file after finish() has returned
@@ -180,10 +200,64 @@ def test_wandb_summarises_and_draws_the_signs_of_a_collapse(wandb_run: tuple[Pat
     assert logged["retrieval_collapse/retrieval_utility"] == logged["val/retrieval_utility"]
 
 
-def test_wandb_gets_the_plots_of_the_run(wandb_run: tuple[Path, Path]) -> None:
+def test_wandb_gets_the_plots_that_the_run_draws(wandb_run: tuple[Path, Path]) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
     folder, offline = wandb_run
-    (picture,) = offline.glob("files/media/images/plots/curve_*.png")
-    assert picture.read_bytes() == (folder / "curve.png").read_bytes()
+    for name in ("learning_curves", "index_age", "calibration", "heatmap_1"):
+        (picture,) = offline.glob(f"files/media/images/plots/{name}_*.png")
+        assert picture.read_bytes() == (folder / f"{name}.png").read_bytes()
+        with Image.open(picture) as image:
+            assert min(image.size) > 300
+    states = [
+        state
+        for name, state in torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
+        if name.startswith("TrackingCallback")
+    ]
+    rows = states[0]["history"]
+    assert [row["step"] for row in rows if "train/loss" in row] == [0, 1], "kept without any log file"
+    assert [row["step"] for row in rows if "val/exact_match" in row] == [1]
+
+
+def test_what_cannot_be_drawn_is_told_and_loses_no_run(
+    cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rag_lightning")
+    history = [{"step": 0.0, "train/loss": 2.0}]
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
+    run_pictures.draw_run(tmp_path, history, name="a")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png"}
+    assert "learning_curves.png; not index_age: index age: expected validations" in caplog.text
+    assert "heatmap_1: heat map: expected token posteriors, found none" in caplog.text
+
+    drawn = []
+
+    def failing(logs: dict[str, Any], *, path: Path) -> None:
+        drawn.append(logs)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run_pictures, "plot_learning_curves", failing)
+    validated = ["trainer.val_check_interval=1", "monitor=val/nll", "callbacks.checkpoint.mode=max"]
+    cli("train", tmp_path / "run", *tiny_train, "logger=csv", "tracking.plots=true", *validated)
+    assert (tmp_path / "run" / "model" / "rag_config.json").is_file()
+    log = read_log(tmp_path / "run")
+    nll = [row["val/nll"] for row in log if "val/nll" in row]
+    ((rows,),) = drawn[0].values()
+    assert [row["val/nll"] for row in rows if "val/nll" in row] == pytest.approx(nll)
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(
+        [row["train/loss"] for row in log if "train/loss" in row]
+    )
+    summary = read_json(tmp_path / "run" / "logs" / "version_0" / "summary.json")
+    assert nll[1] < nll[0], "so the first step's checkpoint is the one that is tested, and says nothing of the last"
+    assert (summary["last/val/nll"], summary["best/val/nll"]) == pytest.approx((nll[1], nll[1]))
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    caplog.set_level("INFO", "rag_lightning")
+    caplog.clear()
+    run_pictures.draw_run(tmp_path, history, name="a")
+    assert "the run is not drawn: " in caplog.text
+    assert "rag_lightning[plots]" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a copy is resumed, so that other tests find theirs
@@ -239,10 +313,14 @@ def test_csv_keeps_tables_images_artifacts_and_summary(cli: Cli, tiny_train: lis
     run = tmp_path / "run"
     run.mkdir()
     Image.new("RGB", (2, 2), "red").save(run / "plot.png")
-    cli("train", run, *tiny_train, "logger=csv")
+    cli("train", run, *tiny_train, "logger=csv", *SECRETS)
     logs = run / "logs" / "version_0"
+    assert "password: <redacted>" in (logs / "hparams.yaml").read_text(encoding="utf-8")
+    assert_no_secret(logs)
     summary = read_json(logs / "summary.json")
     assert summary["last/val/exact_match"] <= summary["best/val/exact_match"]
+    assert summary["last/val/index_age_steps"] == 2
+    assert "best/val/index_age_steps" not in summary, "an old index is no better than a fresh one"
     lines = [json.loads(line) for line in (logs / "tables" / "test_predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert {"question", "passage_3", "posterior_3"} <= set(lines[0])
@@ -286,6 +364,44 @@ def test_mlflow_gets_the_same(cli: Cli, tiny_train: list[str], tmp_path: Path, m
             assert b"shown-to-nobody" not in content or "mlflow" not in str(path.relative_to(run))
 
 
+def test_the_jobs_of_a_sweep_share_a_group(
+    cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs the extra 'wandb'")
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cli("train", tmp_path / "my_sweep", "-m", *tiny_train, "logger=wandb", "logger.offline=true", "seed=0,1")
+    wandb.finish()
+    wandb.teardown()
+    files = list(tmp_path.glob("my_sweep/*/wandb/offline-run-*/run-*.wandb"))
+    told = [record.run for file in files for record in records_of(file) if record.HasField("run")]
+    assert len({run.run_id for run in told}) == len(files) == 2
+    assert {run.run_group for run in told} == {"my_sweep"}
+
+
+def test_mlflow_tags_the_sweep_and_a_resumed_job_keeps_its_run(
+    cli: Cli, tiny_train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra 'mlflow'")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient
+
+    cli("train", tmp_path / "my_sweep", "-m", *tiny_train, "logger=mlflow", "seed=7")
+    (run,) = [path.parent for path in tmp_path.glob("my_sweep/*/tracking.json")]
+    known = read_json(run / "tracking.json")["mlflow"]
+    client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
+    assert client.get_run(known).data.tags["rag_lightning.sweep"] == "my_sweep"
+    cli("train", f"'{run}'", f"resume='{run}'", "trainer.max_steps=3", "trainer.val_check_interval=1")
+    assert read_json(run / "tracking.json")["mlflow"] == known
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    assert [one.info.run_id for one in client.search_runs(experiments)] == [known]
+    steps = [metric.step for metric in client.get_metric_history(known, "train/loss")]
+    assert steps == [0, 1, 2], "the steps of both parts"
+    tags = client.get_run(known).data.tags
+    assert (tags["rag_lightning.sweep"], tags["resumed.trainer/max_steps"]) == ("my_sweep", "3")
+
+
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
@@ -303,20 +419,40 @@ def test_an_invalid_address_is_refused(
         make(save_dir=str(tmp_path), **settings)
 
 
-def test_what_a_name_calls_secret_is_not_told() -> None:
-    settings = {"a": [{"access_token": "x"}], "b": {"db_password": "y", "api_key": "${oc.env:K}"}, "mask_token": "<m>"}
-    assert redacted(settings) == {
-        "a": [{"access_token": "<redacted>"}],
-        "b": {"db_password": "<redacted>", "api_key": "${oc.env:K}"},
-        "mask_token": "<m>",
-    }
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"a": [{"access_token": "x"}]}, {"a": [{"access_token": "<redacted>"}]}),
+        ({"password": 12345, "hf_token": "x"}, {"password": "<redacted>", "hf_token": "<redacted>"}),
+        ({"authToken": "x", "auth": "x", "bearer": 1}, dict.fromkeys(("authToken", "auth", "bearer"), "<redacted>")),
+        ({"license_key": 1, "APIKey": "x", "pwd": "x"}, dict.fromkeys(("license_key", "APIKey", "pwd"), "<redacted>")),
+        ({"secret": {"of": ["x", 1]}}, {"secret": {"of": ["<redacted>", "<redacted>"]}}),
+        ({"uri": "postgresql://me:hunter2@h/db"}, {"uri": "postgresql://<redacted>@h/db"}),
+        ({"uri": ["http://h/?a=1&token=x&b=2"]}, {"uri": ["http://h/?a=1&token=<redacted>&b=2"]}),
+        ({"api_key": "${oc.env:K}"}, {"api_key": "${oc.env:K}"}),
+        ({"api_key": "${oc.env:K,hunter2}"}, {"api_key": "<redacted>"}),
+    ],
+)
+def test_what_a_name_calls_secret_is_not_told(settings: dict[str, Any], told: dict[str, Any]) -> None:
+    assert redacted(settings) == told
+
+
+def test_settings_that_only_sound_secret_are_told() -> None:
+    sounding = {"mask_token": "<m>", "max_tokens": 3, "passage": "a", "tokenizer": "b", "author": "c", "monkey": "d"}
+    sounding |= {"keep_last": 1, "key": "e", "token_posteriors": True, "password": None, "uri": "http://h:1/a@b"}
+    assert redacted(sounding) == sounding
+    files = sorted(CHECKOUT_CONF.rglob("*.yaml"))
+    assert len(files) > 100
+    for file in files:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        assert redacted(settings) == settings, file
 
 
 def test_tensorboard_gets_configuration_and_metrics(cli: Cli, tiny_train: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cli("train", tmp_path / "run", *tiny_train, "logger=tensorboard")
+    cli("train", tmp_path / "run", *tiny_train, "logger=tensorboard", *SECRETS)
     events = EventAccumulator(str(tmp_path / "run" / "logs" / "version_0"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
@@ -330,6 +466,7 @@ def test_tensorboard_gets_configuration_and_metrics(cli: Cli, tiny_train: list[s
     assert {"artifacts/model/text_summary", "artifacts/index-snapshot/text_summary"} <= set(tags["tensors"])
     settings = (tmp_path / "run" / "logs" / "version_0" / "hparams.yaml").read_text(encoding="utf-8")
     assert "num_passages: 3" in settings
+    assert_no_secret(tmp_path / "run" / "logs")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rag_lightning.errors import DataError
+from rag_lightning.reports.runs import JOB_FILE
 from rag_lightning.utils.io import read_json, write_json
 
-RECORD_FILE = "sweep_job.json"
+RECORD_FILE = JOB_FILE
 Status = Literal["planned", "running", "finished", "pruned", "failed"]
-NOT_COMPARED = ("paths", "resume")
+NOT_COMPARED = ("paths", "resume", "tracking")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def read_record(folder: Path) -> JobRecord | None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns the settings in which two configurations differ, as ``name: before -> now``.
 
-    Where a run lies and what it resumes is no difference.
+    Where a run lies, what it resumes and what it tells its trackers is no difference.
 
     >>> differences({"seed": 0, "optim": {"lr": 0.1}}, {"seed": 0, "optim": {"lr": 0.2}})
     ['optim.lr: 0.1 -> 0.2']

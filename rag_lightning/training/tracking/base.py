@@ -11,9 +11,49 @@ from rag_lightning.types import Prediction, Question
 from rag_lightning.utils.io import read_json, write_json
 
 TRACKING_FILE = "tracking.json"
-SECRET = re.compile(
-    r"(^|_)(token|password|passwd|secret|credential|credentials|api_?key|access_?key|private_?key)s?$", re.I
+SECRET_WORDS = frozenset(
+    [
+        "password",
+        "passwords",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "bearer",
+        "apikey",
+    ]
 )
+"""A name with one of these calls whatever stands below it secret."""
+SECRET_ENDS = frozenset(["auth", "authorization", "authorisation", "authentication"])
+KEYS = frozenset(
+    [
+        "api",
+        "access",
+        "private",
+        "license",
+        "licence",
+        "auth",
+        "signing",
+        "encryption",
+        "ssh",
+        "account",
+        "client",
+        "subscription",
+    ]
+)
+"""What a key is of that opens something; other keys are names of settings."""
+TOKENS = KEYS | frozenset(["refresh", "session", "identity"])
+HARMLESS_TOKENS = frozenset(
+    ["pad", "mask", "bos", "eos", "unk", "sep", "cls", "max", "min", "special", "start", "stop", "rag"]
+)
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+REFERENCE = re.compile(r"\$\{[\w.:]+\}")
+"""A setting that is read from elsewhere; one with a default tells a value."""
+USER_INFO = re.compile(r"//[^/\s]+@")
+QUERY = re.compile(r"([?&;](?:password|passwd|pwd|secret|token|api_?key|access_?key|access_?token)=)[^&;\s]+", re.I)
 REDACTED = "<redacted>"
 QUESTION_COLUMNS = ("id", "question", "accepted", "answer", "log_likelihood")
 PASSAGE_COLUMNS = ("passage", "probability", "posterior")
@@ -62,22 +102,53 @@ class Tracker(Protocol):
 
 
 def redacted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings without the values of those whose names call them secret.
+    """Returns settings without the values of those whose names call them secret, and without users in addresses.
 
-    >>> redacted({"logger": {"api_key": "abc", "project": "p"}, "pad_token": "<pad>", "max_tokens": 3})
+    >>> redacted({"logger": {"api_key": 123, "project": "p"}, "pad_token": "<pad>", "max_tokens": 3})
     {'logger': {'api_key': '<redacted>', 'project': 'p'}, 'pad_token': '<pad>', 'max_tokens': 3}
+    >>> redacted({"tracking_uri": "postgresql://me:hunter2@host/db"})
+    {'tracking_uri': 'postgresql://<redacted>@host/db'}
     """
-    return {key: _redacted(key, value) for key, value in settings.items()}
+    return {key: _redacted(str(key), value, False) for key, value in settings.items()}
 
 
-def _redacted(key: str, value: Any) -> Any:
+def _redacted(key: str, value: Any, below_secret: bool) -> Any:
+    secret = below_secret or _is_secret(key)
     if isinstance(value, Mapping):
-        return redacted(value)
+        return {name: _redacted(str(name), one, secret) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(key, one) for one in value]
-    harmless = key in ("pad_token", "mask_token", "bos_token", "eos_token", "max_tokens")
-    secret = SECRET.search(key) is not None and not harmless and isinstance(value, str) and not value.startswith("${")
-    return REDACTED if secret else value
+        return [_redacted(key, one, secret) for one in value]
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and REFERENCE.fullmatch(value)):
+        return value
+    if secret or (isinstance(value, str) and _is_token(key)):
+        return REDACTED
+    if isinstance(value, str):
+        return QUERY.sub(rf"\1{REDACTED}", USER_INFO.sub(f"//{REDACTED}@", value))
+    return value
+
+
+def _is_secret(name: str) -> bool:
+    """Returns whether a name calls any value below it secret.
+
+    >>> [_is_secret(name) for name in ("db_password", "authToken", "license_key", "key", "author", "passage")]
+    [True, True, True, False, False, False]
+    """
+    words = [word.lower() for word in WORDS.findall(name)]
+    if not words:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    opens = (last in ("key", "keys") and before in KEYS) or (last in ("token", "tokens") and before in TOKENS)
+    return opens or last in SECRET_ENDS or not SECRET_WORDS.isdisjoint(words)
+
+
+def _is_token(name: str) -> bool:
+    """Returns whether a name may be that of a token which opens something: then its text is secret, a number is not.
+
+    >>> [_is_token(name) for name in ("hf_token", "token", "pad_token", "tokenizer")]
+    [True, True, False, False]
+    """
+    words = [word.lower() for word in WORDS.findall(name)]
+    return bool(words) and words[-1] in ("token", "tokens") and HARMLESS_TOKENS.isdisjoint(words)
 
 
 def prediction_table(

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rag_lightning.errors import ConfigError
 from rag_lightning.index.manifest import MANIFEST_FILE
@@ -32,7 +33,10 @@ SIGNS = (
     "index/age_steps",
 )
 LOWER_IS_BETTER = ("nll", "loss")
-NEITHER = ("entropy", "ratio")
+NEITHER = ("entropy", "ratio", "index_age_steps")
+"""Of these no value is the best."""
+MAX_HISTORY = 4000
+"""Rows of the history; of a longer run every second one is forgotten."""
 
 
 def tracker_of(chosen: Logger) -> Tracker | None:
@@ -53,26 +57,35 @@ class TrackingCallback(L.Callback):
         config: The run's settings, plain values only; those whose names call them secret are not told.
         max_table_rows: Predictions in the table, the first ones in question order.
         log_model: Hand on the saved model's files too.
+        plots: Keep a history of the losses and of the validations, for whoever draws the run.
     """
 
-    def __init__(self, *, config: Mapping[str, Any], max_table_rows: int = 1000, log_model: bool = True) -> None:
+    def __init__(
+        self, *, config: Mapping[str, Any], max_table_rows: int = 1000, log_model: bool = True, plots: bool = True
+    ) -> None:
         if max_table_rows < 0:
             raise ConfigError(f"max_table_rows: expected 0 or more, got {max_table_rows}")
         self.config = redacted(config)
         self.max_table_rows = max_table_rows
         self.log_model = log_model
+        self.plots = plots
+        self.history: list[dict[str, float]] = []
         self.trackers: list[Tracker] = []
         self._told_config = False
+        self._trained = False
         self._told_snapshot: str | None = None
         self._summary: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best and last figures so far, for a run that is resumed."""
-        return {"summary": dict(self._summary)}
+        """Returns the best and last figures and the history so far, for a run that is resumed."""
+        return {"summary": dict(self._summary), "history": [dict(row) for row in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from them."""
+        """Goes on from them; the checkpoint that a test loads tells nothing new of a training that is done."""
+        if self._trained:
+            return
         self._summary = dict(state_dict["summary"])
+        self.history = [dict(row) for row in state_dict.get("history", ())]  # older checkpoints have none
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Logs the configuration, once."""
@@ -83,6 +96,23 @@ class TrackingCallback(L.Callback):
                 self.trackers = [one for one in map(tracker_of, trainer.loggers) if one is not None]
         self._told_config = True
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Keeps the loss of the steps that are logged."""
+        loss = trainer.callback_metrics.get("train/loss")
+        done = trainer.global_step
+        if not self.plots or trainer.global_rank != 0 or loss is None or done % trainer.log_every_n_steps != 0:
+            return
+        if done > 0 and not any(row["step"] == done - 1 for row in self.history[-1:]):  # once of accumulated batches
+            self._keep(done, {"train/loss": float(loss)})
+
+    def _keep(self, steps_done: int, figures: Mapping[str, float]) -> None:
+        """Adds to the history, the last step's number as in the log files."""
+        self.history.append({"step": float(steps_done - 1), **figures})
+        if len(self.history) > MAX_HISTORY:
+            del self.history[1::2]
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the best and last figures, and draws the signs of a retrieval collapse into one panel."""
         if trainer.sanity_checking or trainer.global_rank != 0:
@@ -91,6 +121,9 @@ class TrackingCallback(L.Callback):
         for name, value in figures.items():
             if name.startswith("val/"):
                 self._note(name, value)
+        if self.plots and trainer.state.fn == TrainerFn.FITTING:
+            validated = {name: value for name, value in figures.items() if name.startswith("val/")}
+            self._keep(trainer.global_step, validated)
         signs = {f"{PANEL}/{name.split('/')[1]}": value for name, value in figures.items() if name.startswith(SIGNS)}
         for chosen in trainer.loggers if signs else ():
             chosen.log_metrics(signs, trainer.global_step)
@@ -104,6 +137,7 @@ class TrackingCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the manifest of the live snapshot."""
+        self._trained = True
         self._log_snapshot(pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

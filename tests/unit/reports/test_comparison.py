@@ -8,10 +8,12 @@ import pytest
 
 from rag_lightning.errors import DataError, MissingFileError
 from rag_lightning.reports.comparison import cells_of_groups, cells_of_paper, lines_of, pairs_of
+from rag_lightning.reports.notes import data_notes
 from rag_lightning.reports.papers import paper_table
-from rag_lightning.reports.runs import find_runs
+from rag_lightning.reports.runs import by_signature, find_runs
 from rag_lightning.reports.scores import question_scores
-from tests.report_runs import ANSWERS, write_questions, write_run
+from rag_lightning.utils.hashing import fingerprint
+from tests.report_runs import ANSWERS, write_job, write_questions, write_run
 
 RIGHT_3, RIGHT_2 = [*ANSWERS[:3], "x"], [*ANSWERS[:2], "x", "x"]
 NQ = {"dataset": "nq"}
@@ -60,6 +62,7 @@ def test_each_run_finds_its_row_and_what_is_missing_is_shown(cli: Cli, runs: Pat
     assert "Not measured, and in no mean: frozen/seed=1." in text
     assert "Without a run: rag_token_bm25 (nq_em), rag_sequence_bm25 (nq_em)" in text
     assert "triviaqa_em" not in text
+    assert "Smaller than the paper's" not in text, "scale=paper is the paper's own"
     assert "rag_token − rag_token_frozen, nq_em: exact_match: +37.5 [" in text
     assert "paired by questions" in text
     told = json.loads((runs / "rag_table6.json").read_text(encoding="utf-8"))
@@ -114,6 +117,87 @@ def test_runs_of_the_test_set_beside_figures_of_the_development_set_are_named(cl
     assert "learned/seed=0" not in told
     report(cli, runs, "paper=rag/table1", "rows={rag_token: 'learned/*'}", "num_resamples=50")
     assert "development set" not in (runs / "rag_table1.md").read_text(encoding="utf-8"), "table 1 is of test sets"
+
+
+def record_data(run: Path, name: str, file: str, sha256: str) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record.setdefault("data", {})[name] = {"file": file, "sha256": sha256, "bytes": 1}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def test_one_file_in_two_places_is_one_file(cli: Cli, runs: Path) -> None:
+    for seed in (0, 1):
+        record_data(runs / f"learned/seed={seed}", "test", f"cache{seed}/questions.jsonl", "ab" * 32)
+    assert data_notes(find_runs(runs / "learned")) == []
+    record_data(runs / "learned/seed=1", "test", "cache1/questions.jsonl", "cd" * 32)
+    (note,) = data_notes(find_runs(runs / "learned"))
+    assert note == (
+        "Different test data: cache0/questions.jsonl #abababab: seed=0; cache1/questions.jsonl #cdcdcdcd: seed=1."
+    )
+
+
+def test_a_job_that_never_started_is_wanted_and_not_measured(cli: Cli, runs: Path) -> None:
+    recipe = ("experiment=rag/table6_rag_token", "dataset=nq")
+    write_job(runs / "learned/seed=2", *recipe, seed=2)
+    report(cli, runs, "paper=rag/table6", "num_resamples=50")
+    assert row(runs, "rag_token")[3] == "2 of 3"
+    text = (runs / "rag_table6.md").read_text(encoding="utf-8")
+    assert "Not measured, and in no mean: frozen/seed=1, learned/seed=2." in text
+    write_job(runs / "learned/seed=3", *recipe, "optim.lr=1", seed=3)
+    write_job(runs / "learned/seed=4", *recipe, "optim.lr=1", seed=4)
+    groups = [[run.seed for run in group] for group in by_signature(find_runs(runs / "learned"))]
+    assert groups == [[0, 1, 2], [3, 4]]
+
+
+def test_a_plain_table_shows_what_has_not_finished_and_names_commits_and_data(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    data, _ = write_questions(tmp_path / "data")
+    for seed in (0, 1):
+        write_run(runs / f"seed={seed}", RIGHT_3, seed=seed, data=data.parent)
+    report(cli, runs)
+    before = (runs / "results.md").read_text(encoding="utf-8")
+    assert len(before.splitlines()) == 4, "nothing to note"
+    write_run(runs / "seed=2", None, seed=2)
+    write_run(runs / "seed=3", RIGHT_2, seed=3, data=data.parent, commit="fedcba9876")
+    record_data(runs / "seed=3", "test", "other.jsonl", "ab" * 32)
+    write_job(runs / "seed=4", seed=4)
+    report(cli, runs, "order=['seed=4']")
+    text = (runs / "results.md").read_text(encoding="utf-8")
+    assert [line[:10] for line in text.splitlines()[2:7]] == [f"| seed={seed} |" for seed in (4, 0, 1, 3, 2)]
+    assert row(runs, "seed=2", "results.md")[1:] == ["–"] * 5
+    notes = [
+        "Different commits: 0123456: seed=0, seed=1; fedcba9: seed=3.",
+        f"Different test data: {data}: seed=0, seed=1; other.jsonl #abababab: seed=3.",
+        "Without figures (not finished, failed or pruned), and in no mean: seed=2, seed=4.",
+    ]
+    shown = capsys.readouterr().out.replace("\n", "")
+    for note in notes:
+        assert f"\n- {note}" in text.replace(" #unknown", "")
+        assert note.partition(":")[0] in shown
+    assert list(json.loads((runs / "results.json").read_text())) == ["seed=0", "seed=1", "seed=3"]
+    record_data(runs / "seed=3", "test", str(data), fingerprint(data)["sha256"])
+    report(cli, runs, "errors=true")
+    text = (runs / "errors.md").read_text(encoding="utf-8")
+    assert "- Different commits: 0123456: " in text
+    assert "- Different passages data" not in text
+
+
+def test_a_curve_says_how_many_of_those_wanted_it_is_of(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
+    runs = tmp_path / "runs"
+    for k, seed in ((1, 0), (1, 1), (2, 0)):
+        write_run(runs / f"k={k},seed={seed}", RIGHT_3, seed=seed)
+    write_job(runs / "k=2,seed=1", "k=2", seed=1)
+    write_run(runs / "k=3,seed=0", None, seed=0, commit="fedcba9876")
+    report(cli, runs, "curve=k", "metrics=[exact_match]")
+    assert row(runs, "1", "curve.md")[1:] == ["2", "75.0 ± 0.0"]
+    assert row(runs, "2", "curve.md")[1:] == ["1 of 2", "75.0"]
+    assert row(runs, "3", "curve.md")[1:] == ["0 of 2", "–"]
+    text = (runs / "curve.md").read_text(encoding="utf-8")
+    assert "and in no mean: k=2,seed=1, k=3,seed=0." in text
+    assert "commits" not in text, "of measured runs alone"
 
 
 def test_settings_apart_are_rows_apart(runs: Path) -> None:
@@ -173,6 +257,13 @@ def test_seeds_alone_are_drawn_where_predictions_are_gone(runs: Path) -> None:
         (["column=nq_em"], "column: expected paper=TABLE with it"),
         (["paper=rag/table6", "curve=seed"], "report: curve: ask for it in a report of its own"),
         (["questions=x"], "questions, passages: expected errors, plots, page or paper with them"),
+        (
+            ["paper=rag/table6", "metrics=[f1]"],
+            "metrics: expected curve, or rows, compare or num_seeds without a paper",
+        ),
+        (["num_resamples=50"], "num_resamples: expected paper, rows, compare or findings with it, got none"),
+        (["errors=true", "num_heatmaps=0"], "num_heatmaps: expected plots=true with it"),
+        (["plots=true", "page_passages=3"], "page_passages: expected page=true or predictions=FILE with it"),
         (["output=x.html"], "output: expected predictions=FILE with it"),
         (["predictions=x"], "expected runs=DIR, or predictions=FILE with questions=FILE; one of them"),
     ],

@@ -53,8 +53,8 @@ def test_the_command_line_draws_the_curve(cli, tmp_path):
     table = (tmp_path / "sweep" / "curve.md").read_text().splitlines()
     assert table[2:] == [
         "| null | 3 | 25.0 ± 5.0 | 35.0 ± 5.0 | – |",
-        "| 20 | 2 | 45.0 ± 7.1 | 55.0 ± 7.1 | – |",
-        "| 5 | 1 | 60.0 | 70.0 | – |",
+        "| 20 | 2 of 3 | 45.0 ± 7.1 | 55.0 ± 7.1 | – |",
+        "| 5 | 1 of 3 | 60.0 | 70.0 | – |",
     ]
     assert (tmp_path / "sweep" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     curve = json.loads((tmp_path / "sweep" / "curve.json").read_text())["curves"]["exact_match"]
