@@ -75,7 +75,7 @@ from tests.labelled_files import write_labelled
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-NUM_FILES = 253
+NUM_FILES = 254
 Compose = Callable[..., DictConfig]
 
 REPLACEMENTS = {
@@ -715,6 +715,16 @@ def check_sweep(name: str, compose: Compose, tiny_overrides: Any) -> None:
         assert whole.callbacks.checkpoint.monitor == whole.callbacks.pruning.monitor == "val/exact_match"
         del whole.hydra
         assert any(isinstance(one, PruningCallback) for one in built(whole)[2].callbacks)
+        return
+    if name == "recipe_optuna":
+        chosen = ("experiment=rag/table6_rag_token", "dataset=webquestions", "scale=mini", "task.folder=D")
+        whole = compose("train", f"sweep={name}", *chosen, with_hydra=True)
+        assert whole.hydra.sweeper._target_.endswith(".SearchSweeper")
+        learned = {"optim.lr_query_encoder", "optim.lr_generator", "model.temperature", "model.num_passages"}
+        assert set(whole.hydra.sweeper.params) == learned
+        assert whole.sweep_metric == whole.monitor == "val/exact_match", "the data set's own is of the test"
+        HydraConfig.instance().set_config(whole)
+        assert whole.hydra.sweep.dir == "outputs/recipe_optuna/rag_table6_rag_token/webquestions"
         return
     if name == "tasks":
         whole = compose("train", "sweep=tasks", "task=sst2", with_hydra=True)

@@ -4,16 +4,13 @@ import json
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.cli.prepared import with_prepared
 from rag_lightning.corpora.fetch.sources import read_sources
 from rag_lightning.corpora.questions import read_questions
@@ -22,41 +19,13 @@ from rag_lightning.reports.papers import paper_results, paper_table, table_names
 from rag_lightning.utils.io import read_json
 from tests.labelled_files import write_labelled
 from tests.recipe_files import NUMBER, write_published, write_samples
+from tests.recipe_rows import COLUMNS, CONF, HEADS, PAIRS, compose, composed
 
-CONF = conf_dir()
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-QA = ("nq", "triviaqa", "webquestions", "curatedtrec")
-TEXTS = ("jeopardy", "msmarco", "fever3", "fever2")
-COLUMNS = {
-    "rag/table1_rag_token": QA,
-    "rag/table1_rag_sequence": QA,
-    "rag/table2_bart": TEXTS,
-    "rag/table2_rag_token": TEXTS,
-    "rag/table2_rag_sequence": TEXTS,
-    **{
-        f"rag/table6_rag_{kind}{way}": (*QA, *TEXTS)
-        for kind in ("token", "sequence")
-        for way in ("", "_frozen", "_bm25")
-    },
-    "rag/hotswap": ("nq", "squad_open"),
-    "rag_end2end/squad_original": ("squad_open",),
-    "rag_end2end/squad_end2end": ("squad_open",),
-    "realm/ict": ("nq",),
-    "realm/fresh": ("nq",),
-    "realm/stale": ("nq",),
-    "realm/finetune": ("nq", "webquestions", "curatedtrec"),
-    "fid/base": ("nq", "triviaqa"),
-    "fid/large": ("nq", "triviaqa"),
-    "atlas/nq_64_shot": ("nq",),
-    "dpr/single_nq": ("nq_gold",),
-    "dpr/single_nq_mined_negatives": ("nq_gold",),
-}
-HEADS = ("bert/conll2003_ner",)
 NUM_RECIPES = 24
 NUM_FIGURES = 117  # of papers' tables, that headers give
 NUM_CLUES = 1  # of those made up, tested on at the small size: few answers, divided by their hash
 NUM_PAIRS = 85  # rows with each of their columns
-PAIRS = [(row, column) for row, columns in COLUMNS.items() for column in columns]
 DATASETS = sorted({column for _, column in PAIRS})
 PAPERS = ("rag", "rag_end2end", "realm", "fid", "atlas", "dpr", "bert")
 
@@ -64,20 +33,6 @@ PAPERS = ("rag", "rag_end2end", "realm", "fid", "atlas", "dpr", "bert")
 def header(row: str) -> str:
     text = (CONF / "experiment" / f"{row}.yaml").read_text(encoding="utf-8")
     return "\n".join(line for line in text.splitlines() if line.startswith("#"))
-
-
-def compose(*overrides: str) -> DictConfig:
-    register_resolvers()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose("train", list(overrides))
-
-
-@cache
-def composed(row: str, column: str, scale: str = "paper") -> DictConfig:
-    """Returns a recipe to look at: composed once for all tests, so never to be changed."""
-    config = compose(f"experiment={row}", f"dataset={column}", "task.folder=D", f"scale={scale}")
-    OmegaConf.set_readonly(config, True)
-    return config
 
 
 def test_the_recipes_are_all_here() -> None:
@@ -312,13 +267,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"paper": write_published(root / "paper"), "mini": write_samples(root / "mini")}
 
 
-@pytest.mark.parametrize("scale", ["paper", "mini"])
-@pytest.mark.parametrize("column", DATASETS)
+# nothing of MS-MARCO is small and at hand: what its small size says is tested below
+SIZES = [
+    (column, scale) for column in DATASETS for scale in ("paper", "mini") if (column, scale) != ("msmarco", "mini")
+]
+
+
+@pytest.mark.parametrize(("column", "scale"), SIZES)
 def test_every_column_is_prepared_at_both_sizes(
     column: str, scale: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    if (column, scale) == ("msmarco", "mini"):
-        pytest.skip("nothing of MS-MARCO is small and at hand")
     row = next(row for row, one in PAIRS if one == column)
     chosen = (f"experiment={row}", f"dataset={column}", f"scale={scale}", f"task.folder={folders[scale]}")
     config = with_prepared(compose(*chosen, f"paths.cache_dir={tmp_path}"))
@@ -362,7 +320,6 @@ AT_HAND = {  # passages, and questions to train, validate and test on
 PREPARE = """
 import json, sys
 from hydra import compose, initialize_config_dir
-from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.cli.prepared import with_prepared
 register_resolvers()
 with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -395,7 +352,7 @@ def test_every_small_column_is_prepared_from_the_data_at_hand(tmp_path: Path) ->
 
 TINY = "d_model=16 encoder_layers=1 decoder_layers=1 encoder_attention_heads=2 decoder_attention_heads=2"
 TINY += " encoder_ffn_dim=24 decoder_ffn_dim=24"
-# one column of each row runs, in turn
+# one column of each row runs, in turn; MS-MARCO, which has no small size, with tiny models: test_paper_scale.py
 SMALL = {row: [column for column in columns if column != "msmarco"] for row, columns in COLUMNS.items()}
 RUNS = [(row, columns[number % len(columns)]) for number, (row, columns) in enumerate(SMALL.items())]
 
