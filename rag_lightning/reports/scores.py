@@ -1,5 +1,6 @@
 """What a run scored on each question: what a bootstrap over questions draws from."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -22,7 +23,8 @@ from rag_lightning.utils.io import read_json_lines
 Locate: TypeAlias = Callable[[str], Path]
 """Turns a file's name, as a run's configuration has it, into a path."""
 BY_QUESTION = ("exact_match", "f1", "accuracy")
-"""Metrics that are means over questions."""
+"""Metrics that are means over questions; recall of gold passages is one, too."""
+RECALL = re.compile(r"recall@(\d+)")
 OUT_OF_100 = ("bleu", "bleu1", "chrf")
 """Metrics that sacreBLEU gives in percent; all others are fractions of 1."""
 TOLERANCE = 2e-3
@@ -72,12 +74,18 @@ def question_scores(run: Run, metric: str, locate: Locate = resolve) -> dict[str
         DataError: A bad line, or predictions that are not those that the run's metrics were measured on.
     """
     path = run.folder / PREDICTIONS_FILE
-    if metric not in BY_QUESTION or not path.is_file() or run.metrics is None or metric not in run.metrics:
+    recall = RECALL.fullmatch(metric)
+    if metric not in BY_QUESTION and recall is None:
+        return None
+    if not path.is_file() or run.metrics is None or metric not in run.metrics:
         return None
     labels = is_of_heads(path)
     if labels != (metric == "accuracy"):  # F1 of heads is of all mentions together
         return None
-    scores = _label_scores(path) if labels else _answer_scores(run, metric, locate)
+    if recall is not None:
+        scores = _gold_scores(run, int(recall[1]), locate)
+    else:
+        scores = _label_scores(path) if labels else _answer_scores(run, metric, locate)
     if not scores:
         return None
     mean, told = sum(scores.values()) / len(scores), float(run.metrics[metric])
@@ -116,6 +124,19 @@ def _label_scores(path: Path) -> dict[str, float] | None:
     if any(not isinstance(record.get("expected"), str) for record in records):
         return None  # tags: no metric is the mean over sentences
     return {f"{record['task']}/{record['id']}": float(record["expected"] == record["predicted"]) for record in records}
+
+
+def _gold_scores(run: Run, k: int, locate: Locate) -> dict[str, float] | None:
+    """Returns whether one of the first k passages is gold, for each question whose data set names gold passages."""
+    questions = questions_of(run, locate)
+    if questions is None:
+        return None
+    scores: dict[str, float] = {}
+    for prediction in read_predictions(run.folder / PREDICTIONS_FILE):
+        gold = question_of(prediction, questions).positive_passage_ids
+        if gold:
+            scores[prediction.id] = float(any(passage.id in gold for passage in prediction.passages[:k]))
+    return scores
 
 
 def _answer_scores(run: Run, metric: str, locate: Locate) -> dict[str, float] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rag_lightning.cli.hydra_app import conf_dir
-from rag_lightning.errors import ConfigError
+from rag_lightning.errors import ConfigError, DataError
 from rag_lightning.reports.findings import Finding, Outcome, finding_notes, finding_rows, findings, outcomes
 from rag_lightning.reports.runs import find_runs
 from rag_lightning.utils.io import read_json
@@ -49,6 +49,23 @@ def test_a_difference_whose_interval_is_on_one_side_is_shown_or_the_reverse(runs
     one_seed_more = outcome(runs, finding("table6/row=rag_token_joint,seed=*"))
     assert one_seed_more.verdict == "not told apart"
     assert finding_rows([one_seed_more])[0][4:6] == ("8.3 ± 14.4 / 0.0 ± 0.0", "+8.3 [+0.0, +33.3]")
+
+
+def test_recall_of_gold_passages_is_drawn_by_question_too(runs: Path) -> None:
+    """All four questions find their passage first; BM25 is given others for two of them."""
+    for seed in range(3):
+        place = runs / f"table6/row=rag_token_bm25,seed={seed}"
+        lines = (place / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        lines[:2] = [line.replace('"id": "p0"', '"id": "p2"').replace('"id": "p1"', '"id": "p2"') for line in lines[:2]]
+        (place / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (place / "metrics.json").write_text('{"exact_match": 0.0, "recall@1": 0.5}', encoding="utf-8")
+    told = outcome(runs, finding(metric="recall@1"))
+    assert told.pair is not None
+    assert told.pair.drawn == "seeds and questions"
+    assert finding_rows([told])[0][4:6] == ("100.0 ± 0.0 / 50.0 ± 0.0", "+50.0 [+0.0, +100.0]")
+    (runs / "table6/row=rag_token_bm25,seed=0/metrics.json").write_text('{"recall@1": 0.75}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"expected a mean recall@1 of 0\.7500, as in metrics\.json, came 0\.5000"):
+        outcome(runs, finding(metric="recall@1"))
 
 
 def test_what_is_missing_is_shown_as_missing(runs: Path) -> None:
