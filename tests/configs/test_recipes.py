@@ -320,6 +320,7 @@ AT_HAND = {  # passages, and questions to train, validate and test on
 PREPARE = """
 import json, sys
 from hydra import compose, initialize_config_dir
+from rag_lightning.cli.hydra_app import conf_dir, register_resolvers
 from rag_lightning.cli.prepared import with_prepared
 register_resolvers()
 with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
