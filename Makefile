@@ -63,7 +63,8 @@ quickstart: $(VENV)/.installed
 reproduce: $(VENV)/.installed-reproduce $(if $(DATA),reproduce-paragraphs,reproduce-films)
 	$(RAG) report runs=$(REPRODUCE)/passages/rag_token_joint curve=num_passages
 	$(RAG) report runs=$(REPRODUCE)/passages/rag_sequence_joint curve=num_passages
-	$(RAG) report runs=$(REPRODUCE)/index curve=search 'metrics=[index_recall@5,recall@5,exact_match]'
+	$(RAG) report runs=$(REPRODUCE)/index curve=search 'metrics=[index_recall@5,recall@5,exact_match]' \
+		'order=[exact,hnsw_64,ivf_16,ivf_4,ivf_1,pq_8,hnsw_1]'
 	$(RAG) report runs=$(REPRODUCE) findings=reproduce
 	$(if $(DATA),,@echo "films alone: give DATA=DIR, with the folders squad_open and nq_passages, for the other rows")
 

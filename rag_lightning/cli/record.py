@@ -61,6 +61,8 @@ def record_evaluation(config: DictConfig, run_config: DictConfig | None, folder:
     record = {**_circumstances(), "data": {**trained, **given}, "checkpoint": str(judged.absolute())}
     if (judged / RUN_FILE).is_file():
         record["choices"] = read_json(judged / RUN_FILE).get("choices", {})
+    if run_config is not None:
+        record["seed"] = run_config.get("seed")  # known after the run has been moved, too
     write_json(folder / EVALUATION_FILE, record)
 
 

@@ -51,7 +51,8 @@ class Run:
     @property
     def seed(self) -> int | None:
         """The run's; None where nothing tells it."""
-        return self.config.get("seed")
+        seed: int | None = self.config.get("seed", self.record.get("seed"))
+        return seed
 
     @property
     def commit(self) -> str | None:

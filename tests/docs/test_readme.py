@@ -116,3 +116,13 @@ def test_the_python_example_runs(finished: Path, capsys: pytest.CaptureFixture[s
     assert code is not None
     exec(code[1].replace("outputs/quickstart/joint/model", str(finished / "model")), {})
     assert re.search(r"\[\(.+, [01]\.\d+", capsys.readouterr().out) is not None
+
+
+def test_the_table_of_findings_is_the_one_that_was_measured() -> None:
+    """`make reproduce` writes it; README and RESULTS have it whole."""
+    root = README.parent
+    written = (root / "results" / "reproduce" / "findings.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in written.splitlines() if line.startswith("|"))
+    assert table.count("\n") > 10
+    for name in ("README.md", "RESULTS.md"):
+        assert table in (root / name).read_text(encoding="utf-8"), name

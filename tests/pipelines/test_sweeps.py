@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from rag_lightning.cli import train
 from rag_lightning.cli.sweeping.records import JobRecord, read_record
+from rag_lightning.reports.runs import find_runs
 from rag_lightning.training.study import Dimension, Search
 from rag_lightning.utils.io import read_json
 
@@ -135,6 +136,8 @@ def test_evaluations_are_swept_too_and_what_is_done_is_left_out(
     cli("evaluate", tmp_path / "sweep", "-m", swept[0], "num_passages=1,2,3")
     assert {number: (places[number] / "metrics.json").stat().st_mtime_ns for number in (1, 2)} == written
     assert (places[3] / "metrics.json").is_file()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert [run.seed for run in find_runs(tmp_path / "sweep")] == [0, 0, 0], "known without the run they judge"
 
 
 def test_a_search_goes_on_and_prunes(
