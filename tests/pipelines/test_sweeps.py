@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def test_evaluations_are_swept_too_and_what_is_done_is_left_out(
     cli: Cli, tiny_train: list[str], tmp_path: Path
 ) -> None:
     cli("train", tmp_path / "run", *tiny_train)
+    assert sys.float_info.min / 2 > 0, "training flushes subnormal numbers, and leaves the process as it was"
     swept = [f"checkpoint={tmp_path / 'run'}", "num_passages=1,2"]
     cli("evaluate", tmp_path / "sweep", "-m", *swept)
     places = {number: tmp_path / "sweep" / f"num_passages={number}" for number in (1, 2, 3)}
