@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from rag_lightning.benchmark.compare import check_comparable, compare, compared
 from rag_lightning.benchmark.lengths import LengthTables
@@ -17,6 +16,7 @@ from rag_lightning.benchmark.scaling import ScalingSettings
 from rag_lightning.benchmark.shape import Shape
 from rag_lightning.benchmark.table import markdown, reasons, screen
 from rag_lightning.benchmark.texts import TextFiles
+from rag_lightning.cli.console import table_console
 from rag_lightning.corpora.passages import resolve
 from rag_lightning.errors import ConfigError
 from rag_lightning.utils.io import read_json, write_json
@@ -32,7 +32,7 @@ def run(config: DictConfig) -> None:
     kept = read_json(resolve(settings["baseline"]), "baseline") if settings["baseline"] is not None else None
     if kept is not None:
         check_comparable(kept, plan.shape, "files" if plan.files is not None else "made up", settings["tolerance"])
-    console = Console(highlight=False)
+    console = table_console(highlight=False)
     console.width = max(console.width, _LEAST_WIDTH)
 
     def say(text: str) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rag_lightning.cli.console import table_console
 from rag_lightning.corpora.fetch.download import Report, Settings
 from rag_lightning.corpora.fetch.fetching import chosen, fetch
 from rag_lightning.corpora.fetch.sources import Source, mirror_rules, read_sources
@@ -19,7 +20,7 @@ def run(config: DictConfig) -> None:
     entries: Any = OmegaConf.to_container(config.sources, resolve=True)
     sources = read_sources(entries)
     if config.action == "list":
-        Console().print(_table(sources))
+        table_console().print(_table(sources))
         return
     if config.action != "fetch":
         raise ConfigError(f"data: expected the action fetch or list, got {config.action!r}")

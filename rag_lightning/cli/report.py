@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
+from rag_lightning.cli.console import table_console
 from rag_lightning.cli.report_answers import page_of_file, report_answers
 from rag_lightning.cli.report_files import with_files
 from rag_lightning.cli.report_paper import report_findings, report_paper
@@ -118,9 +118,9 @@ def _short(config: DictConfig, folder: Path) -> None:
         told = {name: summary(metrics) for name, metrics in runs.items() if metrics is not None}
         write_json(folder / "results.json", told)
         (folder / "results.md").write_text(markdown_table(runs, notes) + "\n", encoding="utf-8")
-        Console().print(screen_table(runs, str(folder)))
+        table_console().print(screen_table(runs, str(folder)))
     for note in notes:
-        Console().print(note, markup=False, highlight=False, soft_wrap=True)
+        table_console().print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _told(value: object) -> str:
@@ -160,4 +160,4 @@ def _curve(config: DictConfig, folder: Path, runs: Mapping[str, dict[str, Any] |
     write_json(folder / "curve.json", {"setting": config.curve, "curves": figures})
     (folder / "curve.md").write_text("\n".join(lines) + listed(notes) + "\n", encoding="utf-8")
     plot_curve(curves, setting=config.curve, path=folder / "curve.png")
-    Console().print(table)
+    table_console().print(table)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.console import Console
 
+from rag_lightning.cli.console import table_console
 from rag_lightning.cli.report_files import located
 from rag_lightning.corpora.passages import PassageCorpus
 from rag_lightning.corpora.predictions import read_predictions
@@ -135,7 +135,7 @@ def _errors(folder: Path, counts: Mapping[str, ErrorCounts], differing: Sequence
         latex(ERROR_HEADINGS, rows, caption=f"{ERRORS_TITLE}.", notes=notes) + "\n", encoding="utf-8"
     )
     write_json(folder / "errors.json", {name: told.as_dict() for name, told in counts.items()})
-    Console().print(screen(ERROR_HEADINGS, rows, ERRORS_TITLE))
+    table_console().print(screen(ERROR_HEADINGS, rows, ERRORS_TITLE))
     for note in notes:
         _say(note)
 
@@ -185,4 +185,4 @@ def _drawn(draw: Callable[[Path], None], path: Path) -> str | None:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    table_console().print(text, markup=False, highlight=False, soft_wrap=True)

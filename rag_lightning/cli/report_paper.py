@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
+from rag_lightning.cli.console import table_console
 from rag_lightning.cli.report_files import located, plain_rows
 from rag_lightning.errors import ConfigError
 from rag_lightning.reports.comparison import Line, cells_of_groups, cells_of_paper, lines_of, pairs_of
@@ -65,7 +65,7 @@ def report_paper(config: DictConfig, folder: Path, runs: list[Run]) -> None:
     for suffix, text in texts.items():
         (folder / f"{name}.{suffix}").write_text(text + "\n", encoding="utf-8")
     write_json(folder / f"{name}.json", {"title": title, **as_json(lines, pairs, notes)})
-    console = Console()
+    console = table_console()
     console.print(screen(HEADINGS[:-1], rows_of(lines), title))
     for text in (*sentences, *notes, f"written to {folder / name}.md, .tex and .json"):
         console.print(text, markup=False, highlight=False)
@@ -89,7 +89,7 @@ def report_findings(config: DictConfig, folder: Path, runs: list[Run]) -> None:
     text = f"{markdown(FINDING_HEADINGS, rows)}\n{listed}\n"
     (folder / f"{FINDINGS_NAME}.md").write_text(text, encoding="utf-8")
     write_json(folder / f"{FINDINGS_NAME}.json", {"findings": findings_json(results), "notes": notes})
-    console = Console()
+    console = table_console()
     console.print(screen(FINDING_HEADINGS, rows, title))
     for note in (*notes, f"written to {folder / FINDINGS_NAME}.md and .json"):
         console.print(note, markup=False, highlight=False)

@@ -15,8 +15,13 @@ from rag_lightning.errors import FetchError
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+_SAFE, _PICKLED = "*.safetensors", "*.bin"
+
+
 def fetch_repository(source: Source) -> Path:
     """Fetches a repository, or what of it is missing; returns the folder of its files.
+
+    Weights that lie there twice come once: ``*.bin`` only where no ``*.safetensors`` lies beside the configuration.
 
     Raises:
         FetchError: It did not come, or a file of it is damaged, which is then deleted.
@@ -26,24 +31,32 @@ def fetch_repository(source: Source) -> Path:
 
     assert source.repo is not None
     cache = os.environ.get("HF_HUB_CACHE")
+    rounds = [list(source.patterns)]
+    if {_SAFE, _PICKLED} <= set(source.patterns):
+        rounds.insert(0, [pattern for pattern in source.patterns if pattern != _PICKLED])
     try:
-        folder = snapshot_download(
-            source.repo,
-            repo_type=source.repo_type,
-            revision=source.revision,
-            allow_patterns=list(source.patterns),
-            endpoint=os.environ.get("HF_ENDPOINT"),
-            cache_dir=Path(cache) if cache is not None else None,
-        )
+        for patterns in rounds:
+            folder = Path(
+                snapshot_download(
+                    source.repo,
+                    repo_type=source.repo_type,
+                    revision=source.revision,
+                    allow_patterns=patterns,
+                    endpoint=os.environ.get("HF_ENDPOINT"),
+                    cache_dir=Path(cache) if cache is not None else None,
+                )
+            )
+            if any(folder.glob(_SAFE)):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FetchError(
             f"{source.repo}: expected the repository from the hub, came: {reason} Check the connection, name a mirror "
             "(HF_ENDPOINT), or bring the cache from another machine (HF_HUB_CACHE)."
         ) from error
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(folder.rglob("*")):
         check_blob(path, source.repo)
-    return Path(folder)
+    return folder
 
 
 def check_blob(path: Path, repo: str) -> None:

@@ -237,13 +237,13 @@ COMMIT = "1" * 40
 WEIGHTS = b"weights" * 1000
 
 
-@pytest.fixture
-def hub(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
-    """A server that speaks the hub's addresses, and an empty cache."""
+def tell_hub(served: Served, names: tuple[str, ...]) -> None:
+    """Lets a server speak the hub's addresses, of a repository with these files."""
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
-    siblings = [{"rfilename": name} for name in ("config.json", "model.safetensors", "flax_model.msgpack")]
+    siblings = [{"rfilename": name} for name in (*names, "flax_model.msgpack")]
     told = {"id": "own/tiny", "modelId": "own/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-    content = {"config.json": (b"{}", '"' + "a" * 40 + '"'), "model.safetensors": (WEIGHTS, f'"{sha256}"')}
+    small = (b"{}", '"' + "a" * 40 + '"')
+    content = {name: small if name.endswith(".json") else (WEIGHTS, f'"{sha256}"') for name in names}
     served.files["/api/models/own/tiny/revision/main"] = json.dumps(told).encode()
     served.headers["/api/models/own/tiny/revision/main"] = {"Content-Type": "application/json"}
     oid = {"type": "file", "oid": "b" * 40}
@@ -254,6 +254,12 @@ def hub(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serv
         path = f"/own/tiny/resolve/{COMMIT}/{name}"
         served.files[path], served.etags[path] = body, etag
         served.headers[path] = {"X-Repo-Commit": COMMIT}
+
+
+@pytest.fixture
+def hub(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A server that speaks the hub's addresses, and an empty cache."""
+    tell_hub(served, ("config.json", "model.safetensors"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", served.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -265,6 +271,23 @@ def test_a_repository_comes_from_the_endpoint_into_the_hubs_cache(hub: Served, t
     assert Path(folder).is_relative_to(tmp_path / "hub" / "models--own--tiny" / "snapshots")
     assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
     assert (Path(folder) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("weights", "comes"),
+    [
+        (("model.safetensors", "pytorch_model.bin"), ["model.safetensors"]),
+        (("pytorch_model.bin",), ["pytorch_model.bin"]),
+    ],
+)
+def test_weights_that_lie_there_twice_come_once(
+    hub: Served, tmp_path: Path, weights: tuple[str, ...], comes: list[str]
+) -> None:
+    tell_hub(hub, ("config.json", *weights))
+    (folder,) = fetch(Source(name="tiny", repo="own/tiny"), tmp_path / "out")
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["config.json", *comes]
+    (folder,) = fetch(Source(name="tiny", repo="own/tiny", patterns=("*.json", "*.bin")), tmp_path / "asked")
+    assert (Path(folder) / "pytorch_model.bin").read_bytes() == WEIGHTS
 
 
 def test_a_repository_is_taken_from_a_folder_in_the_hubs_layout(
