@@ -1,5 +1,5 @@
 # make quickstart     install, train four models on the bundled films, print the table, show three answers
-# make test           the default tests, in .venv
+# make test           the default tests, in .venv; TEST_WORKERS=1 on one core, TEST_ARGS="-k marginal" for some of them
 # make reproduce      what papers found, small enough for 2 CPU cores and two hours, three seeds each; interrupted, it goes on.
 #                     DATA=DIR holds the folders squad_open and nq_passages; without them the parts on the films alone
 # make bench          ratios on this machine beside those kept in results/benchmark.json; BENCH_ARGS adds settings
@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -82,8 +83,10 @@ reproduce-paragraphs: reproduce-films
 
 # ---------------------------------------------------------------- what a developer runs
 
+# a process on each of two cores, a file to each in turn: models this small gain nothing from a second thread, and threads
+# that wait for one another on a busy machine are several times slower
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 # fails where a ratio is worse than the kept one by more than the tolerance; seconds are never compared
 bench: $(VENV)/.installed
