@@ -1,5 +1,6 @@
 """The first word of the command line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,32 @@ def test_the_public_names_are_there() -> None:
         assert name in dir(rag_lightning)
     with pytest.raises(AttributeError, match="no attribute 'RagModle'"):
         _ = rag_lightning.RagModle
+
+
+WATCH = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+sys.argv = ["rag-lightning", "train"]
+from rag_lightning.cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(
+    given: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **given}
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
