@@ -13,8 +13,6 @@ from rag_lightning.corpora.fetch.sources import Source
 from rag_lightning.errors import FetchError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 
 
